@@ -1,0 +1,54 @@
+"""The interface between a model's layers and the paged cache."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Whose tokens a step computes and where their keys and values lie. All arrays on the host.
+
+    The step's tokens are those of each sequence in turn: sequence ``s`` has tokens
+    ``query_starts[s]`` up to ``query_starts[s + 1]``, the last of the ``context_lens[s]`` tokens
+    that it will have in the cache; its pages are ``pages[page_starts[s]:page_starts[s + 1]]``.
+    """
+
+    query_starts: Int32s
+    """(sequences + 1,), rising from 0 to the number of tokens."""
+    context_lens: Int32s
+    """(sequences,): tokens in the cache once this step's have been written."""
+    page_starts: Int32s
+    """(sequences + 1,), rising from 0 to the number of pages."""
+    pages: Int32s
+    """Page numbers of all sequences, one after another."""
+    slots: Int64s
+    """(tokens,): page * page_size + offset, where each token's key and value are written."""
+
+
+class Attention(Protocol):
+    """Writes a step's keys and values to the cache and attends to all before them."""
+
+    def plan(self, layout: StepLayout) -> None:
+        """Prepare for the calls of one step, one a layer. Must precede each step's first call."""
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        """Causal attention of a step's tokens, softmax scale 1 / sqrt(head_dim).
+
+        Args:
+            layer: index of the layer, which has a cache of its own.
+            q: (tokens, heads, head_dim).
+            k: (tokens, kv_heads, head_dim).
+            v: (tokens, kv_heads, head_dim).
+
+        Returns:
+            (tokens, heads, head_dim).
+        """

@@ -1,0 +1,83 @@
+"""Paged attention in plain torch, on any device: what the kernels are measured against."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from fi_runtime.attention.base import StepLayout
+from fi_runtime.cache.kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences that are computed in one call because they have as many new tokens each."""
+
+    rows: torch.Tensor
+    """(sequences * queries,): which of the step's tokens."""
+    slots: torch.Tensor
+    """(sequences, longest context): cache slots to read, the spare page's where there are none."""
+    mask: torch.Tensor
+    """(sequences, 1, queries, longest context): true where a query may look."""
+
+
+class ReferenceAttention:
+    """Gathers each sequence's keys and values through its page table, then attends to them."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._device = cache.data.device
+        self._groups: list[_Group] = []
+        self._write_slots = torch.empty(0, dtype=torch.int64, device=self._device)
+
+    def plan(self, layout: StepLayout) -> None:
+        by_length: dict[int, list[int]] = {}
+        for sequence, count in enumerate(np.diff(layout.query_starts)):
+            by_length.setdefault(int(count), []).append(sequence)
+        self._groups = [self._group(layout, n, members) for n, members in by_length.items()]
+        self._write_slots = self._to_device(layout.slots)
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        keys, values = (side.flatten(0, 1) for side in self._cache.layer(layer))
+        keys[self._write_slots] = k
+        values[self._write_slots] = v
+        out = torch.empty_like(q)
+        for group in self._groups:
+            sequences = group.slots.shape[0]
+            # (sequences, heads, queries or context, head_dim), as the library wants them
+            queries = q[group.rows].view(sequences, -1, *q.shape[1:]).transpose(1, 2)
+            attended = scaled_dot_product_attention(
+                queries,
+                keys[group.slots].transpose(1, 2),
+                values[group.slots].transpose(1, 2),
+                attn_mask=group.mask,
+                enable_gqa=True,
+            )
+            out[group.rows] = attended.transpose(1, 2).flatten(0, 1)
+        return out
+
+    def _group(self, layout: StepLayout, queries: int, members: list[int]) -> _Group:
+        page_size = self._cache.shape.page_size
+        contexts = layout.context_lens[members]
+        longest = int(contexts.max())
+        slots = np.zeros((len(members), longest), dtype=np.int64)
+        for row, sequence in enumerate(members):
+            pages = layout.pages[layout.page_starts[sequence] : layout.page_starts[sequence + 1]]
+            own = pages[:, None].astype(np.int64) * page_size + np.arange(page_size)
+            slots[row, : contexts[row]] = own.reshape(-1)[: contexts[row]]
+        rows = layout.query_starts[members][:, None] + np.arange(queries)
+        positions = contexts[:, None] - queries + np.arange(queries)  # (sequences, queries)
+        mask = np.arange(longest) <= positions[:, :, None]
+        return _Group(
+            rows=self._to_device(rows.reshape(-1).astype(np.int64)),
+            slots=self._to_device(slots),
+            mask=self._to_device(mask[:, None]),
+        )
+
+    def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device)

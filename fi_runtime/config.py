@@ -1,0 +1,132 @@
+"""Every knob, once: its name, default, range and what it does.
+
+Knobs are the ``parameters`` of a model's ``config.pbtxt``. A model that holds the engine's knobs
+starts that engine; a model whose ``engine`` parameter names another model attaches to that one's.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+Config = TypeVar("Config", bound=msgspec.Struct)
+
+
+class ConfigError(ValueError):
+    """A knob, a checkpoint or a machine that cannot be served, with what to do about it."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an engine is started with. Token counts are in tokens, sizes of pages too."""
+
+    checkpoint: Annotated[
+        str, Meta(min_length=1, description="Hugging Face folder; relative to the model's folder")
+    ]
+    dtype: Annotated[
+        DTypeName, Meta(description="of weights and cache; auto: float32 on CPU, else the file's")
+    ] = "auto"
+    page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the cache")] = 16
+    cache_tokens: Annotated[
+        int, Meta(ge=16, le=1 << 30, description="tokens the paged cache holds, all sequences")
+    ] = 65_536
+    max_context: Annotated[
+        int,
+        Meta(ge=0, le=1 << 24, description="prompt and output of one sequence; 0: the model's own"),
+    ] = 0
+    max_sequences: Annotated[
+        int, Meta(ge=1, le=4096, description="sequences that run at the same time")
+    ] = 64
+    step_tokens: Annotated[
+        int,
+        Meta(ge=1, le=1 << 20, description="tokens one step computes; prompts are cut to fit"),
+    ] = 512
+    cpu_threads: Annotated[
+        int, Meta(ge=0, le=1024, description="threads of a CPU engine; 0: one for each core")
+    ] = 0
+
+
+class DoorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a door, an entry in the model repository, is told beside the engine's knobs."""
+
+    engine: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9_.-]*$", description="model whose engine to use; '': own")
+    ] = ""
+    engine_start_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds to wait for the engine to load its checkpoint")
+    ] = 600.0
+
+
+def split_parameters(parameters: dict[str, str], model: str) -> tuple[DoorConfig, dict[str, str]]:
+    """Part a model's ``config.pbtxt`` parameters into the door's own and the engine's.
+
+    Keys in upper case belong to Triton's Python backend (``EXECUTION_ENV_PATH`` and the like) and
+    are left to it.
+
+    Raises:
+        ConfigError: a key that is no knob, or a door's value out of its range.
+    """
+    ours = {key: value for key, value in parameters.items() if not key.isupper()}
+    door_keys, engine_keys = _knobs(DoorConfig), _knobs(EngineConfig)
+    unknown = sorted(ours.keys() - door_keys.keys() - engine_keys.keys())
+    if unknown:
+        allowed = ", ".join(sorted(door_keys | engine_keys))
+        raise ConfigError(
+            f"{model}/config.pbtxt: unknown parameter {unknown[0]!r}; known: {allowed}"
+        )
+    door = _convert(DoorConfig, {k: v for k, v in ours.items() if k in door_keys}, model)
+    engine = {k: v for k, v in ours.items() if k in engine_keys}
+    if door.engine and engine:
+        raise ConfigError(
+            f"{model}/config.pbtxt: parameter {min(engine)!r} is a knob of the engine, which "
+            f"{door.engine}/config.pbtxt holds because this model says engine: {door.engine!r}; "
+            "set it there"
+        )
+    return door, engine
+
+
+def engine_config(parameters: dict[str, str], model_folder: Path) -> EngineConfig:
+    """Build the engine's knobs; a relative checkpoint is taken from ``model_folder``.
+
+    Raises:
+        ConfigError: a value missing, of the wrong kind or out of its range.
+    """
+    model = model_folder.name
+    if "checkpoint" not in parameters:
+        raise ConfigError(
+            f"{model}/config.pbtxt: parameter 'checkpoint' is missing; "
+            "give the folder of a Hugging Face checkpoint"
+        )
+    config = _convert(EngineConfig, parameters, model)
+    if config.step_tokens < config.max_sequences:
+        raise ConfigError(
+            f"{model}/config.pbtxt: parameter step_tokens={config.step_tokens} is less than "
+            f"max_sequences={config.max_sequences}; every running sequence needs one token a step"
+        )
+    if config.cache_tokens < config.page_size:
+        raise ConfigError(
+            f"{model}/config.pbtxt: parameter cache_tokens={config.cache_tokens} is less than one "
+            f"page of page_size={config.page_size}"
+        )
+    return msgspec.structs.replace(config, checkpoint=str(model_folder / config.checkpoint))
+
+
+def _knobs(kind: type[msgspec.Struct]) -> dict[str, Any]:
+    """Names and annotated types of a configuration's knobs."""
+    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+
+
+def _convert(kind: type[Config], given: dict[str, str], model: str) -> Config:
+    values: dict[str, Any] = {}
+    for name, type_ in _knobs(kind).items():
+        if name in given:
+            try:
+                values[name] = msgspec.convert(given[name], type_, strict=False)
+            except msgspec.ValidationError as error:
+                raise ConfigError(
+                    f"{model}/config.pbtxt: parameter {name}={given[name]!r}: {error}"
+                ) from None
+    return kind(**values)

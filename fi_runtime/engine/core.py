@@ -1,0 +1,206 @@
+"""The engine without its sockets: sequences in, a step at a time, tokens out."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fi_runtime.attention.reference import ReferenceAttention
+from fi_runtime.cache.kv_cache import CacheShape, KVCache
+from fi_runtime.cache.pages import PagePool
+from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.engine.runner import Runner, Sampled
+from fi_runtime.engine.scheduler import Scheduler
+from fi_runtime.engine.sequence import Sequence, SequenceKey
+from fi_runtime.messages import FinishReason, Output, SamplingParams
+from fi_runtime.models import ARCHITECTURES, CheckpointWeights, ModelConfig, load_model_config
+from fi_runtime.models.config import DTYPES
+
+log = logging.getLogger(__name__)
+
+
+class BadRequest(ValueError):
+    """A sequence that this engine cannot run."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished sequence's output."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    """of each token, where the parameters ask for them"""
+    finish: FinishReason
+
+
+class Engine:
+    """Continuous batching over a paged cache.
+
+    Raises:
+        ConfigError: the checkpoint or a knob cannot be served; says why.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        device = torch.device("cpu")
+        if config.cpu_threads:
+            torch.set_num_threads(config.cpu_threads)
+        folder = Path(config.checkpoint)
+        self.model_config = load_model_config(folder, list(ARCHITECTURES))
+        dtype = _dtype(config, device)
+        shape = _cache_shape(config, self.model_config)
+        self.pool = PagePool(shape.pages)
+        self.max_context = _max_context(config, self.model_config, self.pool)
+        weights = CheckpointWeights(folder, dtype, device)
+        model = ARCHITECTURES[self.model_config.architecture](
+            self.model_config, weights, self.max_context
+        )
+        weights.close()
+        cache = KVCache(shape, dtype, device)
+        self._runner = Runner(model, ReferenceAttention(cache), config.page_size, device)
+        self.scheduler = Scheduler(
+            self.pool, config.page_size, config.max_sequences, config.step_tokens
+        )
+        self._sequences: dict[SequenceKey, Sequence] = {}
+        log.info(
+            "%s from %s in %s on %s, %d sequences of up to %d tokens, cache of %d tokens (%.0f MB)",
+            self.model_config.architecture,
+            folder,
+            str(dtype).removeprefix("torch."),
+            device,
+            config.max_sequences,
+            self.max_context,
+            self.pool.usable * config.page_size,
+            cache.data.nbytes / 1e6,
+        )
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to compute."""
+        return bool(self._sequences)
+
+    def add(self, key: SequenceKey, prompt: list[int], params: SamplingParams) -> None:
+        """Queue a new sequence.
+
+        Raises:
+            BadRequest: it cannot run; says what was given and what is allowed.
+        """
+        if key in self._sequences:
+            raise BadRequest(f"request {key[1]} is already running")
+        if not prompt:
+            raise BadRequest("the prompt is empty; give at least one token")
+        if len(prompt) + params.max_tokens > self.max_context:
+            raise BadRequest(
+                f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} are more than "
+                f"the context of {self.max_context} tokens"
+            )
+        if max(prompt) >= self.model_config.vocab_size:
+            raise BadRequest(
+                f"token id {max(prompt)} is outside the vocabulary of "
+                f"{self.model_config.vocab_size} tokens"
+            )
+        self._sequences[key] = Sequence(key, list(prompt), params)
+        self.scheduler.add(self._sequences[key])
+
+    def abort(self, key: SequenceKey) -> bool:
+        """End a sequence and free its pages; false if there is no such sequence any more."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is None:
+            return False
+        self.scheduler.remove(sequence)
+        return True
+
+    def keys_of(self, front_end: bytes) -> list[SequenceKey]:
+        return [key for key in self._sequences if key[0] == front_end]
+
+    def step(self) -> list[tuple[SequenceKey, Output]]:
+        """Compute one step; what it gave each sequence that has a new token."""
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return []
+        completing = [chunk.sequence for chunk in chunks if chunk.completes]
+        sampled = self._runner.run(chunks)
+        for chunk in chunks:
+            chunk.sequence.num_cached += chunk.count
+        return [
+            (sequence.key, self._advance(sequence, new))
+            for sequence, new in zip(completing, sampled, strict=True)
+        ]
+
+    def generate(
+        self, prompts: Iterable[list[int]], params: SamplingParams | list[SamplingParams]
+    ) -> list[Generation]:
+        """Run prompts to their end, in one batch with whatever else is running."""
+        prompts = list(prompts)
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        outputs: dict[SequenceKey, list[Output]] = {(b"", i): [] for i in range(len(prompts))}
+        for key, prompt, own in zip(outputs, prompts, each, strict=True):
+            self.add(key, prompt, own)
+        while self.busy:
+            for key, output in self.step():
+                outputs[key].append(output)
+        return [
+            Generation(
+                tokens=[token for one in steps for token in one.tokens],
+                logprobs=[row[0].logprob for one in steps for row in one.logprobs or ()],
+                finish=steps[-1].finish or "error",
+            )
+            for steps in outputs.values()
+        ]
+
+    def _advance(self, sequence: Sequence, new: Sampled) -> Output:
+        """Append a token; where it ends the sequence, free its pages."""
+        sequence.tokens.append(new.token)
+        finish = self._finish_reason(sequence, new.token)
+        if finish is not None:
+            self.abort(sequence.key)
+        return Output(
+            request=sequence.key[1],
+            tokens=[new.token],
+            logprobs=None if new.logprobs is None else [new.logprobs],
+            finish=finish,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        params = sequence.params
+        if token in params.stop_token_ids:
+            return "stop"
+        if token in self.model_config.eos_ids and not params.ignore_eos:
+            return "stop"
+        if sequence.num_generated >= params.max_tokens:
+            return "length"
+        return None
+
+
+def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    # CPUs compute float32 fastest, and exactly what it is compared with.
+    return torch.float32
+
+
+def _cache_shape(config: EngineConfig, model: ModelConfig) -> CacheShape:
+    return CacheShape(
+        layers=model.layers,
+        pages=config.cache_tokens // config.page_size + 1,  # and the spare page
+        page_size=config.page_size,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+    )
+
+
+def _max_context(config: EngineConfig, model: ModelConfig, pool: PagePool) -> int:
+    """Tokens of one sequence: as asked for, or what both the model and the cache can hold."""
+    cache_tokens = pool.usable * config.page_size
+    if config.max_context > model.max_position:
+        raise ConfigError(
+            f"max_context={config.max_context} is more than the {model.max_position} positions of "
+            f"{config.checkpoint}"
+        )
+    if config.max_context > cache_tokens:
+        raise ConfigError(
+            f"max_context={config.max_context} is more than the cache holds; "
+            f"it holds {cache_tokens} tokens (cache_tokens={config.cache_tokens})"
+        )
+    return config.max_context or min(model.max_position, cache_tokens)

@@ -1,0 +1,199 @@
+"""The engine as a process: takes requests from front ends' sockets, sends them their tokens.
+
+    python -m fi_runtime.engine.server RUN_FOLDER SERVER_PID ALIVE_FD
+
+``ALIVE_FD`` is the locked file that says the engine lives (see run_folder). The process ends when
+the server is gone, or when its last front end has left.
+"""
+
+import logging
+import os
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import msgspec
+import zmq
+
+from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.engine.core import BadRequest, Engine
+from fi_runtime.engine.credits import Credits
+from fi_runtime.engine.sequence import SequenceKey
+from fi_runtime.messages import (
+    Abort,
+    Attach,
+    Attached,
+    Detach,
+    EngineInfo,
+    FromFrontEnd,
+    Generate,
+    Output,
+    Step,
+    decode_from_front_end,
+    encode,
+)
+from fi_runtime.models.tokenizer import tokenizer_file
+from fi_runtime.run_folder import RunFolder, starting_lock
+
+log = logging.getLogger(__name__)
+
+
+class EngineServer:
+    """Runs an engine for the front ends that attach to it."""
+
+    def __init__(self, engine: Engine, info: EngineInfo, credits: Credits, server_pid: int) -> None:
+        self._engine = engine
+        self._info = info
+        self._credits = credits
+        self._front_ends: dict[bytes, int] = {}
+        """attached front ends and the pidfd of each one's process"""
+        self._server_fd = os.pidfd_open(server_pid)
+        self._outbox: dict[bytes, list[Output]] = defaultdict(list)
+        self._attached_before = False
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._requests = context.socket(zmq.PULL)
+        self._outputs = context.socket(zmq.ROUTER)
+        # A full queue would block, or drop tokens; what can be in it is bounded by the credits.
+        self._requests.rcvhwm = self._outputs.sndhwm = 0
+        # Refuse an unknown address instead of dropping what is sent to it.
+        self._outputs.router_mandatory = True
+        self._poller = zmq.Poller()
+        self._poller.register(self._requests, zmq.POLLIN)
+        self._poller.register(self._outputs, zmq.POLLIN)
+        self._poller.register(self._server_fd, zmq.POLLIN)
+
+    def bind(self, folder: RunFolder) -> None:
+        self._requests.bind(folder.requests)
+        self._outputs.bind(folder.outputs)
+
+    def run(self) -> None:
+        """Serve until the server is gone or the last front end has left."""
+        while self._front_ends or not self._attached_before:
+            ready = dict(self._poller.poll(0 if self._engine.busy else None))
+            if self._server_fd in ready:
+                log.info("the server is gone")
+                return
+            if self._outputs in ready:
+                self._receive(self._outputs)
+            if self._requests in ready:
+                self._receive(self._requests)
+            for front_end in [f for f, fd in self._front_ends.items() if fd in ready]:
+                log.warning("front end %s died", front_end.decode())
+                self._detach(front_end)
+            for key, output in self._engine.step():
+                self._post(key, output)
+            self._send()
+        log.info("the last front end has left")
+
+    def _receive(self, socket: "zmq.Socket[bytes]") -> None:
+        """Take every message that is there."""
+        while True:
+            try:
+                frames = socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                message = decode_from_front_end(frames[-1])
+            except msgspec.MsgspecError as error:
+                log.error("a message that is none was ignored: %s", error)
+                continue
+            self._handle(message)
+
+    def _handle(self, message: FromFrontEnd) -> None:
+        # What a front end sent before it left may come after word of its leaving.
+        if not isinstance(message, Attach) and message.front_end not in self._front_ends:
+            return
+        match message:
+            case Attach(front_end, pid):
+                self._attach(front_end, pid)
+            case Detach(front_end):
+                self._detach(front_end)
+            case Generate(front_end, request, prompt, params):
+                self._credits.use(front_end)
+                try:
+                    self._engine.add((front_end, request), prompt, params)
+                except BadRequest as error:
+                    self._post((front_end, request), Output(request, [], None, "error", str(error)))
+            case Abort(front_end, request):
+                if self._engine.abort((front_end, request)):
+                    self._post((front_end, request), Output(request, [], None, "cancelled"))
+
+    def _attach(self, front_end: bytes, pid: int) -> None:
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            return
+        self._front_ends[front_end] = fd
+        self._attached_before = True
+        self._poller.register(fd, zmq.POLLIN)
+        self._credits.attach(front_end)
+        self._outputs.send_multipart([front_end, encode(Attached(self._info))])
+        log.info("front end %s attached (%d in all)", front_end.decode(), len(self._front_ends))
+
+    def _detach(self, front_end: bytes) -> None:
+        fd = self._front_ends.pop(front_end, None)
+        if fd is None:
+            return
+        self._poller.unregister(fd)
+        os.close(fd)
+        for key in self._engine.keys_of(front_end):
+            self._engine.abort(key)
+        self._credits.detach(front_end)
+        self._outbox.pop(front_end, None)
+
+    def _post(self, key: SequenceKey, output: Output) -> None:
+        self._outbox[key[0]].append(output)
+        if output.finish is not None:
+            self._credits.give_back(key[0])
+
+    def _send(self) -> None:
+        """One message to each front end that something has happened for."""
+        granted = self._credits.grant()
+        for front_end in self._outbox.keys() | granted.keys():
+            step = Step(self._outbox.get(front_end, []), granted.get(front_end, 0))
+            try:
+                self._outputs.send_multipart([front_end, encode(step)], zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                # Its socket closed first; its pidfd tells the rest.
+                log.warning("front end %s is out of reach: %s", front_end.decode(), error)
+        self._outbox.clear()
+
+
+def main(argv: list[str]) -> int:
+    folder, server_pid, alive_fd = RunFolder(Path(argv[0])), int(argv[1]), int(argv[2])
+    os.set_inheritable(alive_fd, False)  # a child of the engine must not outlive it as the engine
+    logging.basicConfig(
+        level=logging.INFO, format=f"%(asctime)s engine[{os.getpid()}] %(levelname)s %(message)s"
+    )
+    folder.pid_file.write_text(f"{os.getpid()}\n")
+    try:
+        config = msgspec.json.decode(folder.config.read_bytes(), type=EngineConfig)
+        tokenizer = tokenizer_file(Path(config.checkpoint), folder.path)
+        engine = Engine(config)
+    except ConfigError as error:
+        return _fail(folder, str(error))
+    except Exception as error:
+        log.exception("the engine could not start")
+        return _fail(folder, f"the engine could not start: {error!r}")
+    info = EngineInfo(
+        pid=os.getpid(),
+        vocab_size=engine.model_config.vocab_size,
+        max_context=engine.max_context,
+        tokenizer=str(tokenizer),
+    )
+    server = EngineServer(engine, info, Credits(config.max_sequences), server_pid)
+    server.bind(folder)
+    server.run()
+    with starting_lock():
+        folder.remove()
+    return 0
+
+
+def _fail(folder: RunFolder, reason: str) -> int:
+    """Leave word for the front ends that wait."""
+    folder.failure.write_text(reason, encoding="utf-8")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

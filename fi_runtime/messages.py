@@ -1,0 +1,113 @@
+"""What front ends and engine say to each other: msgpack over a private ipc socket.
+
+A front end pushes ``FromFrontEnd`` messages; the engine answers each front end on a channel of its
+own with ``FromEngine`` messages, at most one a step. Both sides decode with full validation.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+TokenId = Annotated[int, Meta(ge=0)]
+RequestId = Annotated[int, Meta(ge=0)]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the tokens of one sequence are chosen. Names and meanings are vLLM's."""
+
+    max_tokens: Annotated[int, Meta(ge=1)]
+    temperature: Annotated[float, Meta(ge=0.0)] = 1.0
+    """0 chooses the likeliest token."""
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """0 keeps all tokens."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    stop_token_ids: tuple[TokenId, ...] = ()
+    """Tokens that end the sequence, beside the checkpoint's own end-of-sequence tokens."""
+    ignore_eos: bool = False
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Likeliest tokens to report beside the chosen one; None reports nothing."""
+
+
+class Attach(msgspec.Struct, tag=True, frozen=True):
+    """A front end arrives. ``front_end`` is the address of its channel; answered by Attached."""
+
+    front_end: bytes
+    pid: int
+
+
+class Detach(msgspec.Struct, tag=True, frozen=True):
+    """A front end leaves; what it still has running is cancelled."""
+
+    front_end: bytes
+
+
+class Generate(msgspec.Struct, tag=True, frozen=True):
+    """A new sequence. Uses one credit, which comes back when the sequence has ended."""
+
+    front_end: bytes
+    request: RequestId
+    prompt: list[TokenId]
+    params: SamplingParams
+
+
+class Abort(msgspec.Struct, tag=True, frozen=True):
+    """End a sequence. One that has already ended, or never began, is no error: they cross."""
+
+    front_end: bytes
+    request: RequestId
+
+
+FromFrontEnd = Attach | Detach | Generate | Abort
+
+
+class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
+    """Natural log of a token's probability before temperature, and its rank, 1 the likeliest."""
+
+    token: TokenId
+    logprob: float
+    rank: int
+
+
+class Output(msgspec.Struct, array_like=True, frozen=True):
+    """What one step gave one sequence."""
+
+    request: RequestId
+    tokens: list[TokenId]
+    logprobs: list[list[TokenLogprob]] | None = None
+    """For each token: the chosen one first, then the likeliest; None where not asked for."""
+    finish: FinishReason | None = None
+    error: str = ""
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What a front end must know of the engine."""
+
+    pid: int
+    vocab_size: int
+    max_context: int
+    """Tokens that prompt and output of one sequence may have together."""
+    tokenizer: str
+    """Path of a tokenizer.json."""
+
+
+class Attached(msgspec.Struct, tag=True, frozen=True):
+    info: EngineInfo
+
+
+class Step(msgspec.Struct, tag=True, frozen=True):
+    """Results of a step for one front end, and the credits it is granted for new sequences."""
+
+    outputs: list[Output]
+    credits: int = 0
+
+
+FromEngine = Attached | Step
+
+encode = msgspec.msgpack.Encoder().encode
+decode_from_front_end = msgspec.msgpack.Decoder(FromFrontEnd).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

@@ -1,0 +1,112 @@
+"""Reads a checkpoint's tensors from its safetensors files, by name, straight to their device."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fi_runtime.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+INDEX = "model.safetensors.index.json"
+
+
+class Weights(Protocol):
+    """Where a model takes its tensors from while it is built."""
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """The tensor of that name, which must have that shape."""
+
+
+class CheckpointWeights:
+    """The tensors of a Hugging Face folder: one or several ``*.safetensors``, with their index.
+
+    Raises:
+        ConfigError: a file missing, truncated or otherwise unreadable, naming it; at once, not
+            when the tensor is taken.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self._folder = folder
+        self._dtype = dtype
+        self._device = device
+        self._files: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for file in _files(folder):
+            handle = _open(folder / file, device)
+            self._files[file] = handle
+            self._file_of.update(dict.fromkeys(handle.keys(), file))
+        self._left = set(self._file_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Read a tensor, converted to the dtype of the weights.
+
+        Raises:
+            ConfigError: no such tensor, or one of another shape.
+        """
+        if name not in self._file_of:
+            raise ConfigError(
+                f"{self._folder}: tensor {name} is in none of its {len(self._files)} safetensors "
+                f"files; expected one of shape {list(shape)}"
+            )
+        file = self._file_of[name]
+        try:
+            tensor: torch.Tensor = self._files[file].get_tensor(name)
+        except (SafetensorError, RuntimeError) as error:
+            raise ConfigError(f"{self._folder / file}: tensor {name}: {error}") from error
+        if tuple(tensor.shape) != shape:
+            raise ConfigError(
+                f"{self._folder / file}: tensor {name} has shape {list(tensor.shape)}; "
+                f"expected {list(shape)} from config.json"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(
+                f"{self._folder / file}: tensor {name} has dtype {tensor.dtype}; expected a "
+                "floating point one"
+            )
+        self._left.discard(name)
+        return tensor.to(self._dtype)
+
+    def close(self) -> None:
+        """Close the files and name in the log the tensors that nothing has taken."""
+        self._files.clear()
+        if self._left:
+            some = ", ".join(sorted(self._left)[:5])
+            log.warning("%s: %d tensors not used: %s", self._folder, len(self._left), some)
+
+
+def _files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{index}: no weight_map of names to files in it: {error!r}"
+            ) from None
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise ConfigError(f"{index}: names {name!r}, which is no file of that folder")
+        return sorted(names)
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            f"{folder}: no *.safetensors file; weights are read from safetensors only"
+        )
+    return files
+
+
+def _open(path: Path, device: torch.device) -> Any:
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}"
+        ) from error

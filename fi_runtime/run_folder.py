@@ -1,0 +1,116 @@
+"""Where an engine and its front ends meet: a private folder of sockets, one for each engine.
+
+``/tmp/fi_runtime-<uid>/<server pid>-<engine>/`` is readable by its user alone. The engine holds a
+lock on ``alive`` for as long as it lives, which the kernel releases however it dies; no process id
+is trusted to say whether it still runs.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from fi_runtime.config import ConfigError
+
+
+def private_base() -> Path:
+    """This user's folder of run folders, made if missing.
+
+    Raises:
+        ConfigError: the name is taken by something that others could write to.
+    """
+    base = Path(tempfile.gettempdir()) / f"fi_runtime-{os.getuid()}"
+    base.mkdir(mode=0o700, exist_ok=True)
+    info = base.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise ConfigError(
+            f"{base}: is not a folder that only user {os.getuid()} can use; remove it"
+        )
+    return base
+
+
+@contextlib.contextmanager
+def starting_lock() -> Iterator[None]:
+    """Held by whoever makes or removes a run folder, so that one at a time does."""
+    with (private_base() / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @classmethod
+    def of(cls, server_pid: int, engine: str) -> "RunFolder":
+        return cls(private_base() / f"{server_pid}-{engine}")
+
+    @property
+    def requests(self) -> str:
+        """Address of the socket that front ends push to."""
+        return f"ipc://{self.path}/requests.sock"
+
+    @property
+    def outputs(self) -> str:
+        """Address of the socket that answers each front end."""
+        return f"ipc://{self.path}/outputs.sock"
+
+    @property
+    def config(self) -> Path:
+        """The engine's knobs, as JSON."""
+        return self.path / "engine.json"
+
+    @property
+    def failure(self) -> Path:
+        """Why the engine could not start, where it could not."""
+        return self.path / "failure"
+
+    @property
+    def pid_file(self) -> Path:
+        """The engine's process id, for whoever looks after the machine."""
+        return self.path / "engine.pid"
+
+    def hold_alive(self) -> IO[bytes] | None:
+        """The lock that means a living engine, or None while another holds it."""
+        file = (self.path / "alive").open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+        return file
+
+    def engine_lives(self) -> bool:
+        try:
+            file = (self.path / "alive").open("rb")
+        except FileNotFoundError:
+            return False
+        with file:
+            try:
+                # Shared, so that two who ask at once do not take each other for an engine.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
+
+    def make(self) -> None:
+        """Make the folder anew, whatever an engine that died left there."""
+        self.remove()
+        self.path.mkdir(mode=0o700)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def remove_stale() -> None:
+    """Remove the run folders of servers that are gone. Call under ``starting_lock``."""
+    for path in private_base().iterdir():
+        pid = path.name.partition("-")[0]
+        if path.is_dir() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            RunFolder(path).remove()
