@@ -1,49 +1,77 @@
 """Tokens to text while they come, and the stop strings that end it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tokenizers import Tokenizer
 
-# Tokens of the prompt that are decoded along, since a token's text depends on those before it:
-# some decoders drop the first one's leading space.
+# Tokens of the prompt that are decoded along, at least, since a token's text depends on those
+# before it: some decoders drop the first one's leading space.
 CONTEXT_TOKENS = 6
-# A character has at most four bytes, and a token at least one: more tokens than that without a
-# whole character are no character at all.
-MAX_PARTIAL_TOKENS = 4
+# A character has at most four bytes and a token at least one, so that the last of four tokens
+# either completes a character begun in the first or breaks it.
+CHARACTER_TOKENS = 4
+# Broken characters in a row after which no decoder can still make whole ones of them.
+MAX_BROKEN = 16
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TextStream:
-    """Decodes a growing list of tokens piece by piece, never half a character."""
+    """Decodes a growing list of tokens piece by piece, never half a character.
+
+    Decoders write a replacement character for what is no character (yet): text is said up to the
+    replacement characters that it ends with, and those once something whole follows or the text
+    is over. Tokens whose text is said are decoded along only as far back as the last place where
+    the text was whole.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._context = list(prompt[-CONTEXT_TOKENS:])
-        """tokens whose text is out already"""
+        self._context: list[int] = []
         self._pending: list[int] = []
-        """tokens whose text is not, because it ends within a character"""
-        self._said = self._decode(self._context)
+        """tokens after the last place where the text was whole"""
+        self._said = 0
+        """characters of the text of both lists that are said"""
+        self._move_on(_whole_end(prompt, self._decode), [])
 
     def feed(self, token: int) -> str:
         """The text that this token completes; empty while a character is partial."""
         self._pending.append(token)
         text = self._decode(self._context + self._pending)
-        if text.endswith(REPLACEMENT) and len(self._pending) < MAX_PARTIAL_TOKENS:
-            return ""
-        return self._say(text)
+        whole = len(text.rstrip(REPLACEMENT))
+        if len(text) - whole > MAX_BROKEN:
+            keep = CHARACTER_TOKENS - 1
+            return self._say(self._pending[:-keep], self._pending[-keep:])
+        if whole == len(text):
+            return self._say(self._pending, [])
+        new = text[self._said : whole]
+        self._said = max(self._said, whole)
+        return new
 
     def flush(self) -> str:
         """What is left of a text that ended within a character."""
-        return self._say(self._decode(self._context + self._pending)) if self._pending else ""
+        return self._say(self._pending, [])
 
-    def _say(self, text: str) -> str:
-        new = text[len(self._said) :]
-        self._context, self._pending = (self._context + self._pending)[-CONTEXT_TOKENS:], []
-        self._said = self._decode(self._context)
+    def _say(self, tokens: list[int], rest: list[int]) -> str:
+        """The text of ``tokens``, the first ones pending; ``rest`` are those that still are."""
+        new = self._decode(self._context + tokens)[self._said :]
+        self._move_on(tokens, rest)
         return new
+
+    def _move_on(self, context: list[int], pending: list[int]) -> None:
+        self._context, self._pending = context, pending
+        self._said = len(self._decode(context))
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
+def _whole_end(prompt: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:
+    """The prompt's last tokens, from one that begins a character."""
+    for count in range(CONTEXT_TOKENS, CONTEXT_TOKENS + CHARACTER_TOKENS):
+        tokens = list(prompt[-count:])
+        if not decode(tokens).startswith(REPLACEMENT):
+            return tokens
+    return list(prompt[-CONTEXT_TOKENS:])
 
 
 class StopStrings:

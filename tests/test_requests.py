@@ -1,0 +1,159 @@
+"""What a request may say, and what it hears when it says something else."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fi_runtime.frontend.requests import Request, RequestError, parse_request
+from fi_runtime.messages import EngineInfo
+from tests.test_text import BYTES
+
+INFO = EngineInfo(pid=1, vocab_size=256, max_context=100, tokenizer="")
+
+
+def tensor(value: Any) -> np.ndarray:
+    """A value as the Python backend hands it over, with a batch dimension of 1."""
+    values = value if isinstance(value, list) else [value]
+    if isinstance(values[0], str | bytes):
+        raw = [v.encode() if isinstance(v, str) else v for v in values]
+        return np.array([raw], dtype=np.object_)
+    dtypes = {bool: np.bool_, int: np.int32, float: np.float32}
+    return np.array([values], dtype=dtypes[type(values[0])])
+
+
+def parse(parameters: dict[str, object] | None = None, **inputs: Any) -> Request:
+    tensors = {name: tensor(value) for name, value in inputs.items()}
+    return parse_request(tensors, parameters or {}, BYTES, INFO)
+
+
+def refused(parameters: dict[str, object] | None = None, **inputs: Any) -> tuple[str, str]:
+    with pytest.raises(RequestError) as caught:
+        parse(parameters, **inputs)
+    return caught.value.code, str(caught.value)
+
+
+def test_defaults_are_those_of_both_dialects() -> None:
+    request = parse(text_input="hello")
+    assert request.prompt == BYTES.encode("hello").ids
+    assert request.echo == "hello"
+    assert request.params.max_tokens == 16
+    assert request.params.temperature == 1.0
+    assert (request.params.top_k, request.params.top_p) == (0, 1.0)
+    assert request.params.logprobs is None
+    assert request.stop == []
+    assert parse(text_input="a").params.seed != parse(text_input="a").params.seed
+
+
+def test_the_prompt_is_repeated_unless_streaming_or_told_not_to() -> None:
+    assert parse(text_input="hi", stream=True).echo == ""
+    assert parse(text_input="hi", exclude_input_in_output=True).echo == ""
+    assert parse(text_input="hi", exclude_input_in_output=False).echo == "hi"
+    assert parse(input_ids=BYTES.encode("hé").ids).echo == "hé"
+    code, message = refused(text_input="hi", stream=True, exclude_input_in_output=False)
+    assert code == "INVALID_ARG"
+    assert "exclude_input_in_output=false with stream=true" in message
+
+
+def test_sampling_parameters_come_before_tensors_before_the_requests_own() -> None:
+    own = {"temperature": 0.1, "top_k": 2, "top_p": 0.3}
+    request = parse(own, text_input="a", top_k=5)
+    assert request.params.temperature == 0.1
+    assert request.params.top_k == 5
+    request = parse(own, text_input="a", top_k=5, sampling_parameters='{"top_p": 0.9}')
+    assert request.params.top_p == 0.9
+    assert request.params.top_k == 5
+    assert request.params.temperature == 1.0, "the request's own are ignored, not merged"
+
+
+def test_values_may_be_strings() -> None:
+    json = (
+        '{"temperature": "0", "max_tokens": "30", "top_p": "0.5", "top_k": "-1", "seed": "7",'
+        ' "ignore_eos": "true", "logprobs": "2", "n": "1", "stop": "x"}'
+    )
+    request = parse(text_input="a", sampling_parameters=json)
+    params = request.params
+    assert (params.temperature, params.max_tokens, params.top_p) == (0.0, 30, 0.5)
+    assert (params.top_k, params.seed, params.ignore_eos, params.logprobs) == (0, 7, True, 2)
+    assert request.stop == ["x"]
+    assert parse({"stream": "true"}, text_input="a").flags.stream
+
+
+def test_stop_strings_come_from_both_dialects() -> None:
+    request = parse(
+        text_input="a", sampling_parameters='{"stop": ["x", "y"]}', stop_words=["z", ""]
+    )
+    assert request.stop == ["x", "y", "z"]
+
+
+def test_names_that_are_no_input_of_ours_are_left_alone() -> None:
+    assert parse({"id": "7", "x-forwarded-for": "me"}, text_input="a").params.max_tokens == 16
+
+
+def test_the_answer_is_cut_to_the_context() -> None:
+    assert parse(text_input="a" * 90, max_tokens=50).params.max_tokens == 10
+    assert parse(text_input="a" * 99, max_tokens=50).params.max_tokens == 1
+    code, message = refused(text_input="a" * 100)
+    assert code == "INVALID_ARG"
+    assert "100 tokens; at most 99" in message
+
+
+def test_any_seed_of_64_bits_is_taken() -> None:
+    biggest = np.array([[(1 << 64) - 1]], dtype=np.uint64)
+    parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, BYTES, INFO)
+    assert parsed.params.seed == (1 << 63) - 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "words"),
+    [
+        ({}, ["one of text_input and input_ids", "neither"]),
+        ({"text_input": "a", "input_ids": [1]}, ["both"]),
+        ({"text_input": ""}, ["empty"]),
+        ({"text_input": b"\xff\xfe"}, ["text_input", "UTF-8"]),
+        ({"text_input": ["a", "b"]}, ["text_input", "2 elements", "give 1"]),
+        ({"input_ids": [1, 256]}, ["256", "0 to 255"]),
+        ({"input_ids": [-1]}, ["-1", "0 to 255"]),
+        ({"text_input": "a", "max_tokens": 0}, ["max_tokens=0", ">= 1"]),
+        ({"text_input": "a", "temperature": -0.5}, ["temperature=-0.5", ">= 0"]),
+        ({"text_input": "a", "temperature": float("nan")}, ["temperature=nan", ">= 0"]),
+        ({"text_input": "a", "temperature": float("inf")}, ["temperature=inf", "finite"]),
+        ({"text_input": "a", "top_p": 0.0}, ["top_p=0.0", "> 0"]),
+        ({"text_input": "a", "top_p": 1.5}, ["top_p=1.5", "<= 1"]),
+        ({"text_input": "a", "top_k": -2}, ["top_k=-2", ">= -1"]),
+        ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, ["tempo", "known are"]),
+        ({"text_input": "a", "sampling_parameters": "[1]"}, ["sampling_parameters", "JSON object"]),
+        ({"text_input": "a", "sampling_parameters": "{"}, ["sampling_parameters", "JSON object"]),
+        ({"text_input": "a", "sampling_parameters": "[" * 50_000}, ["JSON object"]),
+        ({"text_input": "a", "sampling_parameters": '{"seed": -1}'}, ["seed=-1", "2^64 - 1"]),
+        ({"text_input": "a", "sampling_parameters": '{"max_tokens": "x"}'}, ["max_tokens='x'"]),
+        ({"text_input": "a", "sampling_parameters": '{"logprobs": 21}'}, ["logprobs=21", "<= 20"]),
+        ({"text_input": "a", "sampling_parameters": '{"stop": [1]}'}, ["stop=[1]", "str"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_allowed(
+    inputs: dict[str, Any], words: list[str]
+) -> None:
+    code, message = refused(**inputs)
+    assert code == "INVALID_ARG"
+    for word in words:
+        assert word in message
+    assert len(message) < 500
+
+
+def test_a_batch_in_one_request_is_refused() -> None:
+    two = np.array([[b"a"], [b"b"]], dtype=np.object_)
+    with pytest.raises(RequestError, match="holds one prompt"):
+        parse_request({"text_input": two}, {}, BYTES, INFO)
+
+
+@pytest.mark.parametrize("given", ['{"n": 2}', '{"min_p": 0.1}', '{"logit_bias": {"5": 1}}'])
+def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
+    code, message = refused(text_input="a", sampling_parameters=given)
+    assert code == "UNSUPPORTED"
+    assert "is not supported" in message
+
+
+@pytest.mark.parametrize("given", ['{"n": 1, "min_p": 0.0, "presence_penalty": "0"}', "{}"])
+def test_asking_for_nothing_special_is_no_special_feature(given: str) -> None:
+    assert parse(text_input="a", sampling_parameters=given).params.max_tokens == 16

@@ -1,0 +1,133 @@
+"""Properties of scheduling and paging, whatever comes in whatever order."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fi_runtime.cache.pages import SPARE_PAGE, OutOfPages, PagePool
+from fi_runtime.engine.scheduler import Scheduler
+from fi_runtime.engine.sequence import Chunk, Sequence
+from fi_runtime.messages import SamplingParams
+
+
+def sequence(number: int, prompt_length: int, max_tokens: int) -> Sequence:
+    params = SamplingParams(max_tokens=max_tokens, seed=0)
+    return Sequence((b"", number), [7] * prompt_length, params)
+
+
+def compute(chunks: list[Chunk], scheduler: Scheduler) -> None:
+    """What the engine does with a step's chunks: cache them, append a token, end the finished."""
+    completing = [chunk.sequence for chunk in chunks if chunk.completes]
+    for chunk in chunks:
+        chunk.sequence.num_cached += chunk.count
+    for one in completing:
+        one.tokens.append(7)
+        if one.num_generated == one.params.max_tokens:
+            scheduler.remove(one)
+
+
+def check_step(chunks: list[Chunk], scheduler: Scheduler, pool: PagePool, page_size: int) -> None:
+    held = [page for one in scheduler.running for page in one.pages]
+    assert len(held) == len(set(held)), "a page belongs to two sequences"
+    assert SPARE_PAGE not in held
+    assert pool.free + len(held) == pool.usable, "pages leaked"
+    assert all(not one.pages and one.num_cached == 0 for one in scheduler.waiting)
+    scheduled = [chunk.sequence for chunk in chunks]
+    assert len(scheduled) == len({id(one) for one in scheduled}), "a sequence stands twice"
+    for chunk in chunks:
+        assert chunk.sequence in scheduler.running
+        assert 0 < chunk.count <= chunk.sequence.num_uncached
+        assert chunk.sequence.num_cached + chunk.count <= len(chunk.sequence.pages) * page_size
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=25),
+    page_size=st.sampled_from([1, 3, 16]),
+    max_sequences=st.integers(1, 8),
+    extra_tokens=st.integers(0, 40),
+    extra_pages=st.integers(0, 40),
+    seed=st.integers(0, 1 << 30),
+)
+def test_everything_finishes_and_no_page_is_lost(
+    lengths: list[tuple[int, int]],
+    page_size: int,
+    max_sequences: int,
+    extra_tokens: int,
+    extra_pages: int,
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    longest = max(prompt + output for prompt, output in lengths)
+    pool = PagePool(-(-longest // page_size) + 1 + extra_pages)
+    step_tokens = max_sequences + extra_tokens
+    scheduler = Scheduler(pool, page_size, max_sequences, step_tokens)
+    arriving = [sequence(i, *length) for i, length in enumerate(lengths)]
+    live: list[Sequence] = []
+    finished = 0
+    steps = 0
+    while arriving or live:
+        while arriving and rng.random() < 0.5:
+            live.append(arriving.pop())
+            scheduler.add(live[-1])
+        if live and rng.random() < 0.05:
+            scheduler.remove(live.pop(rng.randrange(len(live))))  # cancelled
+            finished += 1
+        chunks = scheduler.schedule()
+        check_step(chunks, scheduler, pool, page_size)
+        assert sum(chunk.count for chunk in chunks) <= step_tokens
+        assert len(scheduler.running) <= max_sequences
+        assert chunks or not live, "sequences wait although nothing runs"
+        compute(chunks, scheduler)
+        finished += sum(one.num_generated == one.params.max_tokens for one in live)
+        live = [one for one in live if one.num_generated < one.params.max_tokens]
+        steps += 1
+        assert steps < 200_000, "no progress"
+    assert finished == len(lengths)
+    assert pool.free == pool.usable
+
+
+def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
+    pool = PagePool(100)
+    scheduler = Scheduler(pool, 16, max_sequences=8, step_tokens=20)
+    short = [sequence(i, 2, 50) for i in range(3)]
+    for one in short:
+        scheduler.add(one)
+    compute(scheduler.schedule(), scheduler)
+    long = sequence(9, 200, 5)
+    scheduler.add(long)
+    for _ in range(8):
+        chunks = scheduler.schedule()
+        counts = {chunk.sequence.key[1]: chunk.count for chunk in chunks}
+        assert {counts[i] for i in range(3)} == {1}
+        assert counts[9] == 17  # all that the three leave of 20
+        compute(chunks, scheduler)
+
+
+def test_the_youngest_gives_way_and_comes_back_first() -> None:
+    pool = PagePool(5)
+    scheduler = Scheduler(pool, 4, max_sequences=8, step_tokens=64)
+    old, young, later = sequence(0, 8, 9), sequence(1, 8, 9), sequence(2, 1, 9)
+    for one in (old, young, later):
+        scheduler.add(one)
+    compute(scheduler.schedule(), scheduler)  # old and young hold all four pages
+    chunks = scheduler.schedule()  # both need a third one
+    assert [chunk.sequence for chunk in chunks] == [old]
+    assert list(scheduler.waiting) == [young, later]
+    assert young.pages == []
+    assert scheduler.num_preemptions == 1
+
+
+def test_a_pool_takes_all_or_nothing() -> None:
+    pool = PagePool(4)
+    with pytest.raises(OutOfPages, match="4 pages asked for, 3 of 3 free"):
+        pool.take(4)
+    pages = pool.take(3)
+    assert sorted(pages) == [1, 2, 3]
+    pool.give_back(pages[:1])
+    with pytest.raises(ValueError, match="given back but was not taken"):
+        pool.give_back(pages[:1])
+    with pytest.raises(ValueError, match="at least 2"):
+        PagePool(1)
