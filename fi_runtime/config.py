@@ -45,7 +45,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(ge=1, le=1 << 20, description="tokens one step computes; prompts are cut to fit"),
     ] = 512
     cpu_threads: Annotated[
-        int, Meta(ge=0, le=1024, description="threads of a CPU engine; 0: one for each core")
+        int,
+        Meta(
+            ge=0,
+            le=1024,
+            description="threads of a CPU engine; 0: half of the cores, since the server, its "
+            "front ends and clients need some, and threads that wait for a core stall all others",
+        ),
     ] = 0
 
 

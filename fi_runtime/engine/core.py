@@ -1,6 +1,7 @@
 """The engine without its sockets: sequences in, a step at a time, tokens out."""
 
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig) -> None:
         device = torch.device("cpu")
-        if config.cpu_threads:
-            torch.set_num_threads(config.cpu_threads)
+        torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // 2))
         folder = Path(config.checkpoint)
         self.model_config = load_model_config(folder, list(ARCHITECTURES))
         dtype = _dtype(config, device)

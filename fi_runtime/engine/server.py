@@ -6,6 +6,7 @@
 the server is gone, or when its last front end has left.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -181,6 +182,9 @@ def main(argv: list[str]) -> int:
         max_context=engine.max_context,
         tokenizer=str(tokenizer),
     )
+    # What has been loaded stays; without this, collections walk all of it every few steps.
+    gc.collect()
+    gc.freeze()
     server = EngineServer(engine, info, Credits(config.max_sequences), server_pid)
     server.bind(folder)
     server.run()

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb
-from google.protobuf import text_format
 from tokenizers import Tokenizer
-from tritonclient.grpc import model_config_pb2
 
 from fi_runtime.config import ConfigError, DoorConfig, EngineConfig, engine_config, split_parameters
 from fi_runtime.frontend.engine_link import EngineLink
 from fi_runtime.frontend.replies import Answer, Tensors
+from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import RequestError, parse_request
 from fi_runtime.messages import Abort, Generate, Output, Step
 
@@ -92,9 +91,11 @@ class TritonPythonModel:
         self._credits = threading.Semaphore(0)
         self._engine_lost = threading.Event()
         self._closing = threading.Event()
+        # Daemons, since a server that dies does not call finalize: nothing would end them, and
+        # they would keep this process from its end.
         self._threads = [
-            threading.Thread(target=self._reply, name="replies"),
-            threading.Thread(target=self._watch, name="cancellation"),
+            threading.Thread(target=self._reply, name="replies", daemon=True),
+            threading.Thread(target=self._watch, name="cancellation", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -130,9 +131,11 @@ class TritonPythonModel:
             for key, value in json.loads(args["model_config"]).get("parameters", {}).items()
         }
         door, own = split_parameters(parameters, name)
-        engine = door.engine or name
-        config = _sibling_config(folder, engine) if door.engine else engine_config(own, folder)
-        self._start_link(door, config, engine)
+        if door.engine:
+            config = read_engine_config(folder.parent / door.engine)
+        else:
+            config = engine_config(own, folder)
+        self._start_link(door, config, door.engine or name)
 
     def _start_link(self, door: DoorConfig, config: EngineConfig, engine: str) -> None:
         # The stub's parent is the server; the engine ends with it.
@@ -234,23 +237,3 @@ def _error_response(error: RequestError) -> Any:
 
 def _send_error(sender: Any, error: RequestError) -> None:
     sender.send(_error_response(error), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-
-
-def _sibling_config(folder: Path, engine: str) -> EngineConfig:
-    """The engine's knobs as another model of the same repository holds them.
-
-    Raises:
-        ConfigError: no such model, or its knobs are wrong.
-    """
-    sibling = folder.parent / engine
-    path = sibling / "config.pbtxt"
-    try:
-        parsed = text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder.name}/config.pbtxt: parameter engine={engine!r}: there is no {path}"
-        ) from None
-    except text_format.ParseError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    parameters = {key: value.string_value for key, value in parsed.parameters.items()}
-    return engine_config(split_parameters(parameters, engine)[1], sibling)

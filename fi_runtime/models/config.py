@@ -49,7 +49,7 @@ def load_model_config(folder: Path, architectures: list[str]) -> ModelConfig:
             which file, what was found and what was expected.
     """
     path = folder / "config.json"
-    found = _read_json(path, required=True).get("architectures") or ["none"]
+    found = read_json(path).get("architectures") or ["none"]
     if found[0] not in architectures:
         raise ConfigError(
             f"{path}: architecture {found[0]} is not supported; "
@@ -91,9 +91,12 @@ def load_model_config(folder: Path, architectures: list[str]) -> ModelConfig:
     )
 
 
-def _read_json(path: Path, required: bool) -> dict[str, Any]:
-    if not path.exists() and not required:
-        return {}
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object.
+
+    Raises:
+        ConfigError: no such file, or something else in it.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -124,7 +127,8 @@ def _dtype(config: PretrainedConfig, path: Path) -> torch.dtype:
 
 def _eos_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
     """generation_config.json's end-of-sequence tokens, else config.json's."""
-    generation = _read_json(folder / "generation_config.json", required=False)
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
     ids = generation.get("eos_token_id", config.eos_token_id)
     if ids is None:
         return ()

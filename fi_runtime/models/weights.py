@@ -1,6 +1,5 @@
 """Reads a checkpoint's tensors from its safetensors files, by name, straight to their device."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fi_runtime.config import ConfigError
+from fi_runtime.models.config import read_json
 
 log = logging.getLogger(__name__)
 
@@ -85,12 +85,10 @@ class CheckpointWeights:
 def _files(folder: Path) -> list[str]:
     index = folder / INDEX
     if index.exists():
-        try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(
-                f"{index}: no weight_map of names to files in it: {error!r}"
-            ) from None
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConfigError(f"{index}: no weight_map of tensors' names to files in it")
+        names = {str(name) for name in weight_map.values()}
         for name in names:
             if Path(name).name != name or not (folder / name).is_file():
                 raise ConfigError(f"{index}: names {name!r}, which is no file of that folder")

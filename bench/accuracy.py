@@ -1,0 +1,94 @@
+"""How many of the demo checkpoint's tasks a running server answers exactly, greedily.
+
+    python -m bench.accuracy [--url host:port] [--count 300]
+
+Asks the door ``llm_unary`` over gRPC, several requests at a time; without ``--url`` it starts a
+server of its own on the default model repository. No prompt was seen in training.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tritonclient.grpc as triton
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tools.demo.tasks import MAX_ANSWER_TOKENS, Example, Task, evaluation_set, is_correct
+from tools.serve import TritonServer
+
+TASKS: list[tuple[str, Task, int]] = [
+    ("add", "add", 256),
+    ("recall, 256 tokens", "recall", 256),
+    ("recall, 1,900 tokens", "recall", 1900),
+    ("copy", "copy", 256),
+    ("reverse", "reverse", 256),
+    ("story", "story", 256),
+]
+"""What the table calls it, the task, and the length of its prompts where that can be chosen."""
+
+
+@contextmanager
+def running_server(url: str) -> Iterator[str]:
+    """The address of the server given, or of one that runs for as long as it is needed."""
+    if url:
+        yield url
+        return
+    with TritonServer(log=Path("bench-accuracy.log")) as server:
+        server.wait_ready()
+        yield server.grpc_url
+
+
+def answer(client: triton.InferenceServerClient, prompt: str) -> str:
+    """The server's greedy answer, without the prompt."""
+    inputs = []
+    for name, datatype, value in (
+        ("text_input", "BYTES", np.array([[prompt.encode()]], dtype=np.object_)),
+        ("max_tokens", "INT32", np.array([[MAX_ANSWER_TOKENS]], dtype=np.int32)),
+        ("temperature", "FP32", np.array([[0.0]], dtype=np.float32)),
+        ("exclude_input_in_output", "BOOL", np.array([[True]])),
+    ):
+        tensor = triton.InferInput(name, list(value.shape), datatype)
+        tensor.set_data_from_numpy(value)
+        inputs.append(tensor)
+    result = client.infer("llm_unary", inputs)
+    text: bytes = result.as_numpy("text_output")[0, 0]
+    return text.decode()
+
+
+def main(
+    url: Annotated[str, typer.Option(help="gRPC host:port of a running server.")] = "",
+    count: Annotated[int, typer.Option(help="Prompts of each task.")] = 300,
+    concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    wrong: Annotated[int, typer.Option(help="Wrong answers to show of each task.")] = 2,
+) -> None:
+    """Ask, compare, and print a table."""
+    console = Console()
+    table = Table(title="Exact answers, greedy, through the running server")
+    for column in ("task", "right", "of", "share"):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    with running_server(url) as address, ThreadPoolExecutor(concurrency) as pool:
+        client = triton.InferenceServerClient(address)
+
+        def ask(example: Example) -> str:
+            return answer(client, example.prompt)
+
+        for name, task, tokens in TASKS:
+            examples = evaluation_set(task, count, tokens=tokens)
+            outputs = list(pool.map(ask, examples))
+            pairs = list(zip(examples, outputs, strict=True))
+            failed = [(e, o) for e, o in pairs if not is_correct(e, o)]
+            right = len(examples) - len(failed)
+            share = f"{100 * right / len(examples):.1f} %"
+            table.add_row(name, str(right), str(len(examples)), share)
+            for example, output in failed[:wrong]:
+                console.print(f"{name}: …{example.prompt[-60:]!r}: {output!r}", markup=False)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

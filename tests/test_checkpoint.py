@@ -1,0 +1,122 @@
+"""What is said of a checkpoint that cannot be served: which file, what is there, what should be."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.engine.core import Engine
+from fi_runtime.models.tokenizer import tokenizer_file
+from tests.conftest import write_twin
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_twin("llama", tmp_path)
+    return tmp_path
+
+
+def edit_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Engine(EngineConfig(checkpoint=str(folder)))
+    return str(caught.value)
+
+
+def test_missing_files(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refusal(folder) == (
+        f"{folder}: no *.safetensors file; weights are read from safetensors only"
+    )
+    (folder / "config.json").unlink()
+    assert refusal(folder).startswith(f"{folder}/config.json: no such file")
+    assert refusal(folder / "nowhere").startswith(f"{folder}/nowhere/config.json: no such file")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "LlamaForCausalLM"]),
+        ({"architectures": None}, ["architecture none", "Qwen3ForCausalLM"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
+        ({"num_key_value_heads": 4}, ["num_attention_heads=6", "num_key_value_heads=4"]),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            ["rope type 'dynamic'", "llama3"],
+        ),
+        ({"hidden_size": "wide"}, ["hidden_size"]),
+    ],
+)
+def test_a_config_that_is_not_served(
+    folder: Path, values: dict[str, Any], words: list[str]
+) -> None:
+    edit_config(folder, **values)
+    message = refusal(folder)
+    assert message.startswith(f"{folder}/config.json: ")
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\x00"])
+def test_a_config_that_is_no_json(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert refusal(folder).startswith(f"{folder}/config.json: ")
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    message = refusal(folder)
+    assert "tensor model.layers.1.mlp.up_proj.weight is in none of its 1 safetensors" in message
+    assert "expected one of shape [80, 48]" in message
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    edit_config(folder, intermediate_size=81)
+    assert refusal(folder) == (
+        f"{folder}/model.safetensors: tensor model.layers.0.mlp.gate_proj.weight has shape "
+        "[80, 48]; expected [81, 48] from config.json"
+    )
+
+
+def test_a_tensor_of_integers(folder: Path) -> None:
+    name = "model.norm.weight"
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
+    assert f"tensor {name} has dtype torch.int32; expected a floating point" in refusal(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_a_truncated_file(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    message = refusal(folder)
+    assert message.startswith(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes)")
+
+
+def test_an_index_whose_files_are_not_there(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    for name in ("other.safetensors", "../model.safetensors", str(folder / "model.safetensors")):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+        assert refusal(folder) == f"{index}: names '{name}', which is no file of that folder"
+    index.write_text("[]")
+    assert refusal(folder).startswith(f"{index}: no weight_map")
+
+
+def test_no_tokenizer_at_all(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: no such file, and transformers finds"):
+        tokenizer_file(folder, tmp_path)

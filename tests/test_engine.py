@@ -1,0 +1,104 @@
+"""How sequences end, what is refused, and that pages come back."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from transformers import PreTrainedModel
+
+from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.engine.core import BadRequest, Engine
+from fi_runtime.messages import SamplingParams
+from tests.conftest import VOCAB, write_twin
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0, seed=0)
+SEEDED = SamplingParams(max_tokens=20, temperature=1.0, seed=99, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model: PreTrainedModel = write_twin("qwen3", folder)
+    assert model.config.eos_token_id is None
+    return folder
+
+
+def engine(checkpoint: Path, **knobs: object) -> Engine:
+    return Engine(EngineConfig(checkpoint=str(checkpoint), cache_tokens=4096, **knobs))  # type: ignore[arg-type]
+
+
+def test_a_stop_token_ends_the_sequence_and_is_its_last_token(checkpoint: Path) -> None:
+    plain = engine(checkpoint).generate([PROMPT], GREEDY)[0]
+    assert (len(plain.tokens), plain.finish) == (20, "length")
+    stop = plain.tokens[7]
+    expected = plain.tokens[: plain.tokens.index(stop) + 1]
+    params = msgspec.structs.replace(GREEDY, stop_token_ids=(stop,))
+    stopped = engine(checkpoint).generate([PROMPT], params)[0]
+    assert (stopped.tokens, stopped.finish) == (expected, "stop")
+
+
+def test_the_checkpoints_own_end_token_ends_it_unless_ignored(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    plain = engine(checkpoint).generate([PROMPT], GREEDY)[0]
+    eos = plain.tokens[7]
+    for file in checkpoint.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{VOCAB - 1}, {eos}]}}')
+    ended = engine(tmp_path).generate([PROMPT], GREEDY)[0]
+    assert ended.tokens == plain.tokens[: plain.tokens.index(eos) + 1]
+    assert ended.finish == "stop"
+    ignoring = msgspec.structs.replace(GREEDY, ignore_eos=True)
+    assert engine(tmp_path).generate([PROMPT], ignoring)[0] == plain
+
+
+def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(checkpoint: Path) -> None:
+    alone = engine(checkpoint).generate([PROMPT], SEEDED)[0]
+    others = [msgspec.structs.replace(SEEDED, seed=seed) for seed in range(11)]
+    batch = engine(checkpoint).generate([PROMPT] * 12, [*others, SEEDED])
+    assert batch[-1] == alone
+    assert len({tuple(result.tokens) for result in batch}) > 6, "seeds make no difference"
+    tight = Engine(
+        EngineConfig(checkpoint=str(checkpoint), cache_tokens=48, page_size=4, max_context=40)
+    )
+    assert tight.generate([PROMPT] * 12, [*others, SEEDED])[-1] == alone
+    assert tight.scheduler.num_preemptions > 0
+
+
+def test_aborted_sequences_give_their_pages_back(checkpoint: Path) -> None:
+    running = engine(checkpoint, max_sequences=4)
+    for number in range(8):
+        running.add((b"a", number), PROMPT, GREEDY)
+    for _ in range(3):
+        running.step()
+    assert running.pool.free < running.pool.usable
+    assert all(running.abort(key) for key in running.keys_of(b"a"))
+    assert running.pool.free == running.pool.usable
+    assert not running.busy
+    assert not running.abort((b"a", 0)), "it has ended already"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "words"),
+    [
+        ([], GREEDY, "the prompt is empty"),
+        ([1, VOCAB], GREEDY, f"token id {VOCAB} is outside the vocabulary of {VOCAB}"),
+        ([1] * 500, GREEDY, "500 prompt tokens and max_tokens=20 .* context of 512 tokens"),
+    ],
+)
+def test_what_cannot_run_is_refused_and_costs_nothing(
+    checkpoint: Path, prompt: list[int], params: SamplingParams, words: str
+) -> None:
+    refusing = engine(checkpoint)
+    with pytest.raises(BadRequest, match=words):
+        refusing.add((b"a", 1), prompt, params)
+    assert not refusing.busy
+    assert refusing.pool.free == refusing.pool.usable
+
+
+def test_a_context_that_fits_neither_model_nor_cache_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="max_context=600 is more than the 512 positions"):
+        engine(checkpoint, max_context=600)
+    with pytest.raises(ConfigError, match="it holds 96 tokens"):
+        Engine(EngineConfig(checkpoint=str(checkpoint), cache_tokens=100, max_context=100))
