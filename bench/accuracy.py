@@ -6,6 +6,7 @@ Asks the door ``llm_unary`` over gRPC, several requests at a time; without ``--u
 server of its own on the default model repository. No prompt was seen in training.
 """
 
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ def running_server(url: str) -> Iterator[str]:
     if url:
         yield url
         return
-    with TritonServer(log=Path("bench-accuracy.log")) as server:
+    with tempfile.NamedTemporaryFile() as log, TritonServer(log=Path(log.name)) as server:
         server.wait_ready()
         yield server.grpc_url
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ProcessPoolExecutor
@@ -157,9 +158,10 @@ def main(
     # A process of its own, so that its threads are gone when the server is measured.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         offline = pool.submit(offline_tokens_per_s, config, load).result()
-    with TritonServer(repository, log=Path("bench-serving.log")) as server:
-        server.wait_ready()
-        served = asyncio.run(serve(server.grpc_url, load))
+    with tempfile.NamedTemporaryFile() as log:
+        with TritonServer(repository, log=Path(log.name)) as server:
+            server.wait_ready()
+            served = asyncio.run(serve(server.grpc_url, load))
     table = Table(title=f"{streams} streams of {tokens} tokens, {rounds} rounds")
     columns = ["offline tokens/s", "served tokens/s", "served / offline"]
     for column in [*columns, "first token ms", "between responses ms", "responses an answer"]:

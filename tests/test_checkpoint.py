@@ -113,8 +113,10 @@ def test_an_index_whose_files_are_not_there(folder: Path) -> None:
     for name in ("other.safetensors", "../model.safetensors", str(folder / "model.safetensors")):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         assert refusal(folder) == f"{index}: names '{name}', which is no file of that folder"
-    index.write_text("[]")
+    index.write_text("{}")
     assert refusal(folder).startswith(f"{index}: no weight_map")
+    index.write_text("[]")
+    assert refusal(folder) == f"{index}: holds a list; expected an object"
 
 
 def test_no_tokenizer_at_all(folder: Path, tmp_path: Path) -> None:
