@@ -158,10 +158,12 @@ def main(
     # A process of its own, so that its threads are gone when the server is measured.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         offline = pool.submit(offline_tokens_per_s, config, load).result()
-    with tempfile.NamedTemporaryFile() as log:
-        with TritonServer(repository, log=Path(log.name)) as server:
-            server.wait_ready()
-            served = asyncio.run(serve(server.grpc_url, load))
+    with (
+        tempfile.NamedTemporaryFile() as log,
+        TritonServer(repository, log=Path(log.name)) as server,
+    ):
+        server.wait_ready()
+        served = asyncio.run(serve(server.grpc_url, load))
     table = Table(title=f"{streams} streams of {tokens} tokens, {rounds} rounds")
     columns = ["offline tokens/s", "served tokens/s", "served / offline"]
     for column in [*columns, "first token ms", "between responses ms", "responses an answer"]:

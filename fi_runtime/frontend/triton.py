@@ -60,9 +60,8 @@ class InFlight:
         with self._lock:
             if not self._ended:
                 self._ended = last
-                self._sender.send(
-                    response, flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-                )
+                flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+                self._sender.send(response, flags=flags)
 
 
 class TritonPythonModel:
@@ -186,8 +185,15 @@ class TritonPythonModel:
             # What has come since the last look is sent as one response a request.
             for request in self._take(itertools.chain.from_iterable(s.outputs for s in steps)):
                 if request.answer.has_response:
-                    last = bool(request.answer.finish)
-                    request.send(request.answer.response(), last)
+                    self._respond(request)
+
+    def _respond(self, request: InFlight) -> None:
+        try:
+            request.send(request.answer.response(), last=bool(request.answer.finish))
+        except Exception:  # one request's surprise must not end the others
+            log.exception("request %d could not be answered", request.number)
+            self._in_flight.pop(request.number, None)
+            self._link.send(Abort(self._link.name, request.number))
 
     def _take(self, outputs: Iterator[Output]) -> list[InFlight]:
         """Add outputs to their answers; the requests that are the richer for it, each once."""
