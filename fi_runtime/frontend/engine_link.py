@@ -87,6 +87,9 @@ class EngineLink:
         self._outputs.send(encode(Detach(self._name)))
         self._disconnect()
         self._context.term()
+        with starting_lock():
+            if not self.engine_lives():  # an engine that ends by itself removes its own folder
+                self._folder.remove()
 
     def _connect(self) -> None:
         self._requests = self._context.socket(zmq.PUSH)

@@ -59,6 +59,8 @@ class Answer:
             if output.logprobs is not None:
                 self._group.logprobs.append(output.logprobs[index])
                 self._cumulative_logprob += output.logprobs[index][0].logprob
+            if output.finish == "stop" and index == len(output.tokens) - 1:
+                continue  # the token that stopped it is counted, but no part of the text
             text, stopped = self._stops.feed(self._text.feed(token))
             self._group.text += text
             if stopped:

@@ -77,6 +77,7 @@ class TritonPythonModel:
             level=logging.INFO,
             format=f"%(asctime)s {args['model_instance_name']} %(levelname)s %(message)s",
         )
+        self._server_pid = os.getppid()  # the stub is the server's child
         try:
             self._attach(args)
         except ConfigError as error:
@@ -137,8 +138,7 @@ class TritonPythonModel:
         self._start_link(door, config, door.engine or name)
 
     def _start_link(self, door: DoorConfig, config: EngineConfig, engine: str) -> None:
-        # The stub's parent is the server; the engine ends with it.
-        self._link = EngineLink(config, engine, os.getppid(), door.engine_start_timeout_s)
+        self._link = EngineLink(config, engine, self._server_pid, door.engine_start_timeout_s)
         self._tokenizer = Tokenizer.from_file(self._link.info.tokenizer)
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()
@@ -217,8 +217,11 @@ class TritonPythonModel:
         return list(touched.values())
 
     def _watch(self) -> None:
-        """Abort what nobody waits for any more; notice an engine that died."""
+        """Abort what nobody waits for any more; notice an engine or a server that died."""
         while not self._closing.wait(CANCELLATION_CHECK_S):
+            if os.getppid() != self._server_pid:
+                log.error("the server is gone")
+                os._exit(1)  # execute may be waiting for credit, and nobody is left to answer
             for request in list(self._in_flight.values()):
                 if request.is_cancelled():
                     self._link.send(Abort(self._link.name, request.number))

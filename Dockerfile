@@ -1,0 +1,29 @@
+# The same model repository, served by NVIDIA's Triton container.
+#
+#   docker build -t fi-runtime .
+#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 fi-runtime
+#
+# Any release from 24.11 on: their Python is 3.12, one of the two that the project supports.
+ARG TRITON=25.08
+FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
+
+# Ubuntu keeps venv's pip apart. FlashInfer compiles its kernels with the image's nvcc, and ninja.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3-venv python3-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+# The image comes with an unprivileged user of this name for the server.
+RUN id triton-server >/dev/null 2>&1 || useradd --create-home triton-server
+WORKDIR /opt/fi_runtime
+RUN chown triton-server .
+USER triton-server
+
+# The packages first: they change less often than the code.
+COPY --chown=triton-server pyproject.toml requirements.lock ./
+COPY --chown=triton-server tools/setup.py tools/
+RUN mkdir fi_runtime client && PIP_NO_CACHE_DIR=1 python3 tools/setup.py --extras gpu
+COPY --chown=triton-server . .
+
+EXPOSE 8000 8001 8002
+# Finds the container's own tritonserver, and gives its Python backend the packages above.
+ENTRYPOINT ["/opt/fi_runtime/.venv/bin/tritonserver", "--model-repository=/opt/fi_runtime/model_repository"]
