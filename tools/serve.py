@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's own
 SHARED_MEMORY = Path("/dev/shm")
-MIN_SHARED_MEMORY = (
-    32 << 20
-)  # bytes; a Python-backend process takes 1 MiB and grows with its messages
+# Bytes; a Python-backend process takes 1 MiB and grows with its messages.
+MIN_SHARED_MEMORY = 32 << 20
 STOP_SECONDS = 8.0  # for an orderly end; what is left then is killed, within 10 s of Ctrl-C
 POLL_SECONDS = 0.1
 RULE = "=" * 78
-EXAMPLE = {"text_input": "17+25=", "max_tokens": 8, "temperature": 0.0}  # what the default checkpoint can answer
+# What the default checkpoint can answer.
+EXAMPLE = {"text_input": "17+25=", "max_tokens": 8, "temperature": 0.0}
 
 
 class ServerError(Exception):
