@@ -1,5 +1,6 @@
-"""Checkpoints for tests, written by transformers itself."""
+"""Checkpoints for tests, written by transformers itself, and a server of one of them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from tests.serving import Reference, write_checkpoint, write_repository
+from tools.serve import TritonServer
+
+# Server, engine and tests share few cores; more threads than cores would wait for each other.
+torch.set_num_threads(1)
 
 VOCAB = 199
 
@@ -71,3 +78,27 @@ def twin(
     """A checkpoint's folder and transformers' own model of it, for each family."""
     folder = tmp_path_factory.mktemp(request.param)
     return folder, write_twin(request.param, folder)
+
+
+@pytest.fixture(scope="session")
+def served_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the checkpoint that test servers serve."""
+    return tmp_path_factory.mktemp("checkpoint")
+
+
+@pytest.fixture(scope="session")
+def reference(served_checkpoint: Path) -> Reference:
+    """What transformers answers on the checkpoint that test servers serve."""
+    return Reference(write_checkpoint(served_checkpoint))
+
+
+@pytest.fixture(scope="session")
+def server(
+    reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A tritonserver with both doors. Tests leave it as they found it."""
+    folder = tmp_path_factory.mktemp("server")
+    repository = write_repository(folder / "repository", served_checkpoint)
+    with TritonServer(repository, log=folder / "log") as running:
+        running.wait_ready()
+        yield running

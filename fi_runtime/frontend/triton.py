@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from fi_runtime.messages import Abort, Generate, Output, Step
 log = logging.getLogger(__name__)
 
 CANCELLATION_CHECK_S = 0.1
+STUB_END_S = 2.0
 
 
 class InFlight:
@@ -221,7 +223,10 @@ class TritonPythonModel:
         while not self._closing.wait(CANCELLATION_CHECK_S):
             if os.getppid() != self._server_pid:
                 log.error("the server is gone")
-                os._exit(1)  # execute may be waiting for credit, and nobody is left to answer
+                # Triton's stub notices too, and ends with its shared memory removed, unless it is
+                # caught in a call that nobody is left to answer.
+                time.sleep(STUB_END_S)
+                os._exit(1)
             for request in list(self._in_flight.values()):
                 if request.is_cancelled():
                     self._link.send(Abort(self._link.name, request.number))

@@ -23,6 +23,10 @@ def tokenizer_file(checkpoint: Path, scratch: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint, local_files_only=True, trust_remote_code=False
         )
+        # Some classes are made of nothing, with an empty vocabulary, where their files are missing.
+        names = sorted(tokenizer.vocab_files_names.values())
+        if not any((checkpoint / name).exists() for name in names):
+            raise FileNotFoundError(f"none of {', '.join(names)} is there")
         converted = scratch / "tokenizer.json"
         tokenizer.backend_tokenizer.save(str(converted))
     except Exception as error:  # whatever a missing or malformed file makes transformers raise
