@@ -38,7 +38,7 @@ bench: ## the serving benchmark
 	@exec $(python) -m bench.serving $(ARGS)
 
 .PHONY: accuracy
-accuracy: ## compare with transformers
+accuracy: ## the share of the default checkpoint's tasks that a running server answers exactly
 	@$(setup)
 	@exec $(python) -m bench.accuracy $(ARGS)
 
