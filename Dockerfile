@@ -1,15 +1,15 @@
 # The same model repository, served by NVIDIA's Triton container.
 #
 #   docker build -t fi-runtime .
-#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 fi-runtime
+#   docker run --shm-size=1g -p 8000-8002:8000-8002 fi-runtime
 #
 # Any release from 24.11 on: their Python is 3.12, one of the two that the project supports.
 ARG TRITON=25.08
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
 
-# Ubuntu keeps venv's pip apart. FlashInfer compiles its kernels with the image's nvcc, and ninja.
+# Ubuntu keeps venv's pip apart.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends python3-venv python3-dev \
+    && apt-get install -y --no-install-recommends python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # The image comes with an unprivileged user of this name for the server.
@@ -21,7 +21,7 @@ USER triton-server
 # The packages first: they change less often than the code.
 COPY --chown=triton-server pyproject.toml requirements.lock ./
 COPY --chown=triton-server tools/setup.py tools/
-RUN mkdir fi_runtime client && PIP_NO_CACHE_DIR=1 python3 tools/setup.py --extras gpu
+RUN mkdir fi_runtime client && PIP_NO_CACHE_DIR=1 python3 tools/setup.py
 COPY --chown=triton-server . .
 
 EXPOSE 8000 8001 8002

@@ -1,6 +1,7 @@
 """Commands that need no server: ``python -m fi_runtime --help``."""
 
 import logging
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from fi_runtime.config import ConfigError
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.messages import SamplingParams
+from fi_runtime.models.tokenizer import tokenizer_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
 errors = Console(stderr=True)
@@ -38,10 +40,12 @@ def generate(
     try:
         config = read_engine_config(model)
         engine = Engine(config)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = tokenizer_file(Path(config.checkpoint), Path(scratch))
+            tokenizer = Tokenizer.from_file(str(file))
     except ConfigError as error:
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
-    tokenizer = Tokenizer.from_file(str(Path(config.checkpoint) / "tokenizer.json"))
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     begin = time.perf_counter()
     result = engine.generate([list(tokenizer.encode(prompt).ids)], params)[0]

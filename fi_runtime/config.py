@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
 Config = TypeVar("Config", bound=msgspec.Struct)
@@ -27,8 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, Meta(min_length=1, description="Hugging Face folder; relative to the model's folder")
     ]
     dtype: Annotated[
-        DTypeName, Meta(description="of weights and cache; auto: float32 on CPU, else the file's")
-    ] = "auto"
+        DTypeName, Meta(description="of weights and cache, whatever the checkpoint's files have")
+    ] = "float32"
     page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the cache")] = 16
     cache_tokens: Annotated[
         int, Meta(ge=16, le=1 << 30, description="tokens the paged cache holds, all sequences")

@@ -9,9 +9,12 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-TokenId = Annotated[int, Meta(ge=0)]
+MAX_INT32 = (1 << 31) - 1
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 RequestId = Annotated[int, Meta(ge=0)]
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "cancelled", "refused", "failed"]
+"""refused: the engine does not run such a sequence; failed: it could not go on with it"""
 
 MAX_LOGPROBS = 20
 
@@ -19,10 +22,10 @@ MAX_LOGPROBS = 20
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the tokens of one sequence are chosen. Names and meanings are vLLM's."""
 
-    max_tokens: Annotated[int, Meta(ge=1)]
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)]
     temperature: Annotated[float, Meta(ge=0.0)] = 1.0
     """0 chooses the likeliest token."""
-    top_k: Annotated[int, Meta(ge=0)] = 0
+    top_k: Annotated[int, Meta(ge=0, le=MAX_INT32)] = 0
     """0 keeps all tokens."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]

@@ -18,6 +18,9 @@ from typing import IO
 
 from fi_runtime.config import ConfigError
 
+MAX_SOCKET_PATH = 107
+"""bytes, of the system's 108 with their end; zmq refuses longer ones"""
+
 
 def private_base() -> Path:
     """This user's folder of run folders, made if missing.
@@ -49,7 +52,14 @@ class RunFolder:
 
     @classmethod
     def of(cls, server_pid: int, engine: str) -> "RunFolder":
-        return cls(private_base() / f"{server_pid}-{engine}")
+        folder = cls(private_base() / f"{server_pid}-{engine}")
+        longest = len(os.fsencode(folder.path / "requests.sock"))
+        if longest > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"{folder.path}: a socket's path there has {longest} bytes, of at most "
+                f"{MAX_SOCKET_PATH}; give the model a shorter name, or TMPDIR a shorter path"
+            )
+        return folder
 
     @property
     def requests(self) -> str:
@@ -76,14 +86,13 @@ class RunFolder:
         """The engine's process id, for whoever looks after the machine."""
         return self.path / "engine.pid"
 
-    def hold_alive(self) -> IO[bytes] | None:
-        """The lock that means a living engine, or None while another holds it."""
+    def hold_alive(self) -> IO[bytes]:
+        """Take the lock that means a living engine; call under ``starting_lock``, with none alive.
+
+        It may have to wait for somebody who is just asking whether one lives.
+        """
         file = (self.path / "alive").open("wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
+        fcntl.flock(file, fcntl.LOCK_EX)
         return file
 
     def engine_lives(self) -> bool:
@@ -112,5 +121,8 @@ def remove_stale() -> None:
     """Remove the run folders of servers that are gone. Call under ``starting_lock``."""
     for path in private_base().iterdir():
         pid = path.name.partition("-")[0]
-        if path.is_dir() and pid.isdigit() and not Path(f"/proc/{pid}").exists():
-            RunFolder(path).remove()
+        folder = RunFolder(path)
+        gone = pid.isdigit() and not Path(f"/proc/{pid}").exists()
+        # The server may be in another container, where its process id means another process.
+        if path.is_dir() and gone and not folder.engine_lives():
+            folder.remove()

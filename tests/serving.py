@@ -129,6 +129,27 @@ def write_checkpoint(folder: Path) -> Qwen3ForCausalLM:
     return model
 
 
+def write_big_checkpoint(folder: Path) -> int:
+    """Save a Qwen3 of some 200 MB, nearly all of it embedding; its bytes in float32."""
+    config = Qwen3Config(
+        vocab_size=100_000,
+        hidden_size=512,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    model = Qwen3ForCausalLM(config).bfloat16()
+    model.save_pretrained(folder)
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
 class Reference:
     """What transformers' own generate answers on the checkpoint, greedily."""
 

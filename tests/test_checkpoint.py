@@ -61,6 +61,10 @@ def test_missing_files(folder: Path) -> None:
             ["rope type 'dynamic'", "llama3"],
         ),
         ({"hidden_size": "wide"}, ["hidden_size"]),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            ["quantization_config", "float32, bfloat16"],
+        ),
     ],
 )
 def test_a_config_that_is_not_served(
@@ -94,10 +98,11 @@ def test_a_tensor_of_another_shape(folder: Path) -> None:
     )
 
 
-def test_a_tensor_of_integers(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_a_tensor_of_another_dtype(folder: Path, dtype: torch.dtype) -> None:
     name = "model.norm.weight"
-    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(torch.int32)}))
-    assert f"tensor {name} has dtype torch.int32; expected a floating point" in refusal(folder)
+    edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    assert f"tensor {name} has dtype {dtype}; supported are float32, bfloat16" in refusal(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
@@ -117,6 +122,12 @@ def test_an_index_whose_files_are_not_there(folder: Path) -> None:
     assert refusal(folder).startswith(f"{index}: no weight_map")
     index.write_text("[]")
     assert refusal(folder) == f"{index}: holds a list; expected an object"
+
+
+def test_a_tokenizer_that_is_none(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        tokenizer_file(folder, tmp_path)
 
 
 def test_no_tokenizer_at_all(folder: Path, tmp_path: Path) -> None:

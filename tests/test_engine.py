@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import BadRequest, Engine
+from fi_runtime.engine.runner import Runner
 from fi_runtime.messages import SamplingParams
 from tests.conftest import VOCAB, write_twin
 
@@ -95,6 +96,35 @@ def test_what_cannot_run_is_refused_and_costs_nothing(
         refusing.add((b"a", 1), prompt, params)
     assert not refusing.busy
     assert refusing.pool.free == refusing.pool.usable
+
+
+def test_a_step_that_fails_ends_its_sequences_and_not_the_engine(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = engine(checkpoint)
+    expected = running.generate([PROMPT], GREEDY)
+    running.add((b"a", 1), PROMPT, GREEDY)
+    running.add((b"a", 2), PROMPT, GREEDY)
+
+    def broken(self: Runner, chunks: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", broken)
+        outputs = dict(running.step())
+    assert {key: output.finish for key, output in outputs.items()} == {
+        (b"a", 1): "failed",
+        (b"a", 2): "failed",
+    }
+    assert all("out of luck" in output.error for output in outputs.values())
+    assert not running.busy
+    assert running.pool.free == running.pool.usable
+    assert running.generate([PROMPT], GREEDY) == expected
+
+
+def test_a_cache_for_which_there_is_no_memory_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"needs [\d.]+ GB \(768 bytes a token\); .* are free"):
+        Engine(EngineConfig(checkpoint=str(checkpoint), cache_tokens=1 << 30))
 
 
 def test_a_context_that_fits_neither_model_nor_cache_is_refused(checkpoint: Path) -> None:

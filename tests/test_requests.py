@@ -129,6 +129,13 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ({"text_input": "a", "sampling_parameters": '{"max_tokens": "x"}'}, ["max_tokens='x'"]),
         ({"text_input": "a", "sampling_parameters": '{"logprobs": 21}'}, ["logprobs=21", "<= 20"]),
         ({"text_input": "a", "sampling_parameters": '{"stop": [1]}'}, ["stop=[1]", "str"]),
+        ({"text_input": "a", "sampling_parameters": '{"top_k": 9223372036854775808}'}, ["top_k="]),
+        ({"text_input": "a", "sampling_parameters": '{"top_k": 1e30}'}, ["top_k="]),
+        (
+            {"text_input": "a", "sampling_parameters": f'{{"stop_token_ids": [{10**26}]}}'},
+            ["stop_token_ids="],
+        ),
+        ({"text_input": "a", "sampling_parameters": f'{{"max_tokens": {2**31}}}'}, ["max_tokens="]),
     ],
 )
 def test_what_is_wrong_is_named_with_what_is_allowed(
@@ -154,6 +161,35 @@ def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
     assert "is not supported" in message
 
 
-@pytest.mark.parametrize("given", ['{"n": 1, "min_p": 0.0, "presence_penalty": "0"}', "{}"])
+def test_request_parameters_that_are_not_served_are_not_ignored() -> None:
+    for name, value in {"min_length": 10, "random_seed": 3, "return_log_probs": True}.items():
+        code, message = refused({name: value}, text_input="a")
+        assert code == "UNSUPPORTED"
+        assert name in message
+
+
+def test_stop_words_of_a_wrong_type_are_told() -> None:
+    assert parse({"stop_words": "x"}, text_input="a").stop == ["x"]
+    code, message = refused({"stop_words": 5}, text_input="a")
+    assert code == "INVALID_ARG"
+    assert "stop_words=5" in message
+
+
+def test_the_cumulative_logprob_needs_the_engines_but_reports_none() -> None:
+    request = parse(text_input="a", return_cumulative_logprob=True)
+    assert request.params.logprobs == 0
+    assert not request.logprobs
+    assert parse(text_input="a", sampling_parameters='{"logprobs": 2}').logprobs
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "{}",
+        '{"n": 1, "min_p": 0.0, "presence_penalty": "0"}',
+        '{"n": "1", "repetition_penalty": "1.0", "skip_special_tokens": "true"}',
+        '{"guided_decoding": null, "logit_bias": {}, "bad_words": []}',
+    ],
+)
 def test_asking_for_nothing_special_is_no_special_feature(given: str) -> None:
     assert parse(text_input="a", sampling_parameters=given).params.max_tokens == 16

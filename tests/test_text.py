@@ -76,6 +76,14 @@ def test_no_space_is_lost_where_the_answer_begins() -> None:
         assert tokenizer.decode(tokens[:cut]) + pieces == whole
 
 
+def test_no_space_is_lost_after_a_special_token() -> None:
+    tokenizer = metaspace_tokenizer()
+    tokenizer.add_special_tokens(["<s>"])
+    special = tokenizer.token_to_id("<s>")
+    stream = TextStream(tokenizer, [1])
+    assert "".join(stream.feed(token) for token in [2, special, special, 5, 6]) == " cat on mat"
+
+
 @settings(max_examples=500, deadline=None)
 @given(
     pieces=st.lists(st.text("ab", max_size=4), max_size=12),

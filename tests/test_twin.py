@@ -44,7 +44,7 @@ def expected(twin: Twin, length: int) -> tuple[list[int], list[float]]:
 
 
 def engine_for(twin: Twin, **knobs: object) -> Engine:
-    values: dict[str, object] = {"cache_tokens": 16_384, "dtype": "float32", **knobs}
+    values: dict[str, object] = {"cache_tokens": 16_384, **knobs}
     return Engine(EngineConfig(checkpoint=str(twin[0]), **values))  # type: ignore[arg-type]
 
 

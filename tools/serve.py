@@ -23,6 +23,8 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from fi_runtime.run_folder import private_base
+
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's own
@@ -226,7 +228,7 @@ class TritonServer:
             file.unlink(missing_ok=True)
         if self.process is not None:
             # Where front ends and engine of this server meet: sockets, pid files.
-            for folder in Path(f"/tmp/fi_runtime-{os.getuid()}").glob(f"{self.pid}-*"):
+            for folder in private_base().glob(f"{self.pid}-*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _log_tail(self) -> str:
@@ -323,7 +325,8 @@ def find_problems(server: TritonServer) -> Iterator[str]:
         if option(server.arguments, f"allow-{service}") in ("false", "0"):
             continue
         host, port = server.options[f"{service}-address"], server.options[f"{service}-port"]
-        with socket.socket() as probe:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, int(port)))

@@ -14,7 +14,7 @@ from fi_runtime.cache.kv_cache import KVCache
 
 @dataclass(frozen=True)
 class _Group:
-    """Sequences that are computed in one call because they have as many new tokens each."""
+    """Sequences that are computed in one call: as many new tokens each, and contexts alike."""
 
     rows: torch.Tensor
     """(sequences * queries,): which of the step's tokens."""
@@ -34,10 +34,13 @@ class ReferenceAttention:
         self._write_slots = torch.empty(0, dtype=torch.int64, device=self._device)
 
     def plan(self, layout: StepLayout) -> None:
-        by_length: dict[int, list[int]] = {}
-        for sequence, count in enumerate(np.diff(layout.query_starts)):
-            by_length.setdefault(int(count), []).append(sequence)
-        self._groups = [self._group(layout, n, members) for n, members in by_length.items()]
+        alike: dict[tuple[int, int], list[int]] = {}
+        counts = np.diff(layout.query_starts).tolist()
+        contexts = layout.context_lens.tolist()
+        for sequence, (count, context) in enumerate(zip(counts, contexts, strict=True)):
+            # No context is padded to more than twice its length: a long one costs itself alone.
+            alike.setdefault((count, context.bit_length()), []).append(sequence)
+        self._groups = [self._group(layout, key[0], members) for key, members in alike.items()]
         self._write_slots = self._to_device(layout.slots)
 
     def __call__(

@@ -17,6 +17,10 @@ class CacheShape:
     def tokens(self) -> int:
         return self.pages * self.page_size
 
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of keys and values of all layers."""
+        return 2 * self.layers * self.tokens * self.kv_heads * self.head_dim * dtype.itemsize
+
 
 class KVCache:
     """Keys and values of every layer, in pages.

@@ -48,8 +48,9 @@ class Engine:
         torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // 2))
         folder = Path(config.checkpoint)
         self.model_config = load_model_config(folder, list(ARCHITECTURES))
-        dtype = _dtype(config, device)
+        dtype = DTYPES[config.dtype]
         shape = _cache_shape(config, self.model_config)
+        _check_memory(shape, dtype)
         self.pool = PagePool(shape.pages)
         self.max_context = _max_context(config, self.model_config, self.pool)
         weights = CheckpointWeights(folder, dtype, device)
@@ -120,7 +121,11 @@ class Engine:
         if not chunks:
             return []
         completing = [chunk.sequence for chunk in chunks if chunk.completes]
-        sampled = self._runner.run(chunks)
+        try:
+            sampled = self._runner.run(chunks)
+        except Exception as error:  # what one sequence did to a step must not end the engine
+            log.exception("a step of %d sequences failed", len(chunks))
+            return [self._give_up(chunk.sequence, error) for chunk in chunks]
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.count
         return [
@@ -144,10 +149,15 @@ class Engine:
             Generation(
                 tokens=[token for one in steps for token in one.tokens],
                 logprobs=[row[0].logprob for one in steps for row in one.logprobs or ()],
-                finish=steps[-1].finish or "error",
+                finish=steps[-1].finish or "failed",
             )
             for steps in outputs.values()
         ]
+
+    def _give_up(self, sequence: Sequence, error: Exception) -> tuple[SequenceKey, Output]:
+        self.abort(sequence.key)
+        reason = f"the engine could not compute it: {error!r}; the server's log has more"
+        return sequence.key, Output(sequence.key[1], [], None, "failed", reason)
 
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
         """Append a token; where it ends the sequence, free its pages."""
@@ -173,13 +183,6 @@ class Engine:
         return None
 
 
-def _dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        return DTYPES[config.dtype]
-    # CPUs compute float32 fastest, and exactly what it is compared with.
-    return torch.float32
-
-
 def _cache_shape(config: EngineConfig, model: ModelConfig) -> CacheShape:
     return CacheShape(
         layers=model.layers,
@@ -188,6 +191,25 @@ def _cache_shape(config: EngineConfig, model: ModelConfig) -> CacheShape:
         kv_heads=model.kv_heads,
         head_dim=model.head_dim,
     )
+
+
+def _check_memory(shape: CacheShape, dtype: torch.dtype) -> None:
+    """Refuse a cache that this machine has no memory for, before the kernel ends the engine."""
+    available = _available_memory()
+    token_bytes = shape.nbytes(dtype) // shape.tokens
+    if shape.nbytes(dtype) > available:
+        raise ConfigError(
+            f"cache_tokens={shape.tokens - shape.page_size} needs "
+            f"{shape.nbytes(dtype) / 1e9:.1f} GB ({token_bytes} bytes a token); "
+            f"{available / 1e9:.1f} GB are free: set it to {available // token_bytes // 2} or less"
+        )
+
+
+def _available_memory() -> int:
+    """Bytes that can be had without swapping, as Linux estimates them."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return int(kilobytes["MemAvailable"].split()[0]) * 1024
 
 
 def _max_context(config: EngineConfig, model: ModelConfig, pool: PagePool) -> int:

@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from fi_runtime.messages import (
     Attached,
     Detach,
     EngineInfo,
+    FromEngine,
     FromFrontEnd,
     Generate,
     Output,
@@ -37,6 +39,9 @@ from fi_runtime.models.tokenizer import tokenizer_file
 from fi_runtime.run_folder import RunFolder, starting_lock
 
 log = logging.getLogger(__name__)
+
+ATTACH_WITHIN_MS = 30_000
+"""for the first front end, once the engine is ready; later ones find the engine by its lock"""
 
 
 class EngineServer:
@@ -69,10 +74,15 @@ class EngineServer:
 
     def run(self) -> None:
         """Serve until the server is gone or the last front end has left."""
+        started = time.monotonic()
         while self._front_ends or not self._attached_before:
-            ready = dict(self._poller.poll(0 if self._engine.busy else None))
+            wait_ms = 0 if self._engine.busy else None if self._front_ends else ATTACH_WITHIN_MS
+            ready = dict(self._poller.poll(wait_ms))
             if self._server_fd in ready:
                 log.info("the server is gone")
+                return
+            if not ready and not self._attached_before:
+                log.error("no front end attached in %d s", time.monotonic() - started)
                 return
             if self._outputs in ready:
                 self._receive(self._outputs)
@@ -114,7 +124,8 @@ class EngineServer:
                 try:
                     self._engine.add((front_end, request), prompt, params)
                 except BadRequest as error:
-                    self._post((front_end, request), Output(request, [], None, "error", str(error)))
+                    refusal = Output(request, [], None, "refused", str(error))
+                    self._post((front_end, request), refusal)
             case Abort(front_end, request):
                 if self._engine.abort((front_end, request)):
                     self._post((front_end, request), Output(request, [], None, "cancelled"))
@@ -128,7 +139,7 @@ class EngineServer:
         self._attached_before = True
         self._poller.register(fd, zmq.POLLIN)
         self._credits.attach(front_end)
-        self._outputs.send_multipart([front_end, encode(Attached(self._info))])
+        self._say(front_end, Attached(self._info))
         log.info("front end %s attached (%d in all)", front_end.decode(), len(self._front_ends))
 
     def _detach(self, front_end: bytes) -> None:
@@ -151,13 +162,16 @@ class EngineServer:
         """One message to each front end that something has happened for."""
         granted = self._credits.grant()
         for front_end in self._outbox.keys() | granted.keys():
-            step = Step(self._outbox.get(front_end, []), granted.get(front_end, 0))
-            try:
-                self._outputs.send_multipart([front_end, encode(step)], zmq.NOBLOCK)
-            except zmq.ZMQError as error:
-                # Its socket closed first; its pidfd tells the rest.
-                log.warning("front end %s is out of reach: %s", front_end.decode(), error)
+            outputs = self._outbox.get(front_end, [])
+            self._say(front_end, Step(outputs, granted.get(front_end, 0)))
         self._outbox.clear()
+
+    def _say(self, front_end: bytes, message: FromEngine) -> None:
+        try:
+            self._outputs.send_multipart([front_end, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # Its socket closed first; its pidfd tells the rest.
+            log.warning("front end %s is out of reach: %s", front_end.decode(), error)
 
 
 def main(argv: list[str]) -> int:

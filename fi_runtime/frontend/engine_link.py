@@ -1,5 +1,6 @@
 """Starts the engine if this front end is the first to need it, and talks to it."""
 
+import contextlib
 import logging
 import os
 import shutil
@@ -19,7 +20,6 @@ from fi_runtime.messages import (
     Detach,
     EngineInfo,
     FromEngine,
-    FromFrontEnd,
     decode_from_engine,
     encode,
 )
@@ -52,7 +52,7 @@ class EngineLink:
         while info is None:  # an engine that was just ending has to be started anew
             process = _start_unless_running(self._folder, config, engine, server_pid)
             self._connect()
-            info = self._await_attached(deadline, start_timeout_s)
+            info = self._await_attached(process, deadline, start_timeout_s)
         self.info: EngineInfo = info
         if process is not None:
             # Nobody else collects the exit status of this process's child.
@@ -63,10 +63,10 @@ class EngineLink:
         """How the engine addresses this front end."""
         return self._name
 
-    def send(self, message: FromFrontEnd) -> None:
-        """Send from any thread; never blocks, what is unsent is bounded by credits."""
+    def send(self, message: bytes) -> None:
+        """Send an encoded message, from any thread. Never blocks: credits bound what is unsent."""
         with self._send_lock:
-            self._requests.send(encode(message), zmq.NOBLOCK)
+            self._requests.send(message, zmq.NOBLOCK)
 
     def receive(self) -> list[FromEngine]:
         """Every message that has come, waiting at most POLL_MS for the first. One thread only."""
@@ -91,6 +91,18 @@ class EngineLink:
             if not self.engine_lives():  # an engine that ends by itself removes its own folder
                 self._folder.remove()
 
+    def _explain_end(self, process: "subprocess.Popen[bytes] | None") -> None:
+        """Raise if the engine ended before it was ready; one that had served takes its folder."""
+        if not self._folder.path.exists():
+            return
+        with contextlib.suppress(FileNotFoundError):
+            raise ConfigError(self._folder.failure.read_text(encoding="utf-8"))
+        status = "" if process is None else f" with status {process.wait()}"
+        raise ConfigError(
+            f"the engine ended{status} before it was ready; the server's log has its last words; "
+            "status -9 mostly means that the machine ran out of memory"
+        )
+
     def _connect(self) -> None:
         self._requests = self._context.socket(zmq.PUSH)
         self._outputs = self._context.socket(zmq.DEALER)
@@ -107,7 +119,9 @@ class EngineLink:
         self._requests.close()
         self._outputs.close()
 
-    def _await_attached(self, deadline: float, timeout_s: float) -> EngineInfo | None:
+    def _await_attached(
+        self, process: "subprocess.Popen[bytes] | None", deadline: float, timeout_s: float
+    ) -> EngineInfo | None:
         """What the engine says of itself, or None if it ended before it answered."""
         while time.monotonic() < deadline:
             lives = self.engine_lives()  # asked first: it may answer and then end
@@ -117,12 +131,12 @@ class EngineLink:
                 return messages[0].info
             if not lives:
                 self._disconnect()
-                try:
-                    reason = self._folder.failure.read_text(encoding="utf-8")
-                except FileNotFoundError:
-                    return None
-                raise ConfigError(reason)
+                self._explain_end(process)
+                return None
         self._disconnect()
+        if process is not None:
+            process.kill()
+            process.wait()
         raise ConfigError(
             f"the engine was not ready after {timeout_s:.0f} s; "
             "give parameter engine_start_timeout_s a larger value if it needs longer to load"
@@ -142,9 +156,7 @@ def _start_unless_running(
             return None
         folder.make()
         folder.config.write_bytes(encoded)
-        alive = folder.hold_alive()
-        assert alive is not None, "only engines hold it, and whoever has the starting lock"
-        with alive:
+        with folder.hold_alive() as alive:
             log.info("starting engine %s", engine)
             return subprocess.Popen(
                 [

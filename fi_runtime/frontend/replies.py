@@ -33,7 +33,7 @@ class Answer:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         self._flags = request.flags
         self._prompt_length = len(request.prompt)
-        self._wants_logprobs = request.params.logprobs is not None
+        self._wants_logprobs = request.logprobs
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, request.prompt)
         self._stops = StopStrings(request.stop)
@@ -48,8 +48,10 @@ class Answer:
         Raises:
             RequestError: the engine could not go on with the request.
         """
-        if output.finish == "error":
+        if output.finish == "refused":
             raise RequestError("INVALID_ARG", output.error)
+        if output.finish == "failed":
+            raise RequestError("INTERNAL", output.error)
         if output.finish == "cancelled":
             raise RequestError("CANCELLED", "the request was cancelled")
         for index, token in enumerate(output.tokens):

@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from msgspec import Meta
 from tokenizers import Tokenizer
 
-from fi_runtime.messages import MAX_LOGPROBS, EngineInfo, SamplingParams, TokenId
+from fi_runtime.messages import MAX_INT32, MAX_LOGPROBS, EngineInfo, SamplingParams, TokenId
 
 Code = Literal["INVALID_ARG", "UNSUPPORTED", "UNAVAILABLE", "CANCELLED", "INTERNAL"]
 """Names of TritonError's codes."""
@@ -31,9 +31,9 @@ class RequestError(Exception):
 class Knobs(msgspec.Struct, kw_only=True):
     """Sampling parameters under vLLM's names, with the ranges that clients are held to."""
 
-    max_tokens: Annotated[int, Meta(ge=1)] = 16
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)] = 16
     temperature: Annotated[float, Meta(ge=0.0)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1)] = 0
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_INT32)] = 0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     seed: int | None = None
     stop: list[str] | str = []
@@ -57,15 +57,16 @@ class Flags(msgspec.Struct, kw_only=True):
 KNOBS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Knobs)}
 FLAGS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Flags)}
 
-# vLLM's parameters that are understood but not served, and the value that asks for nothing.
+# What both dialects know and this build does not serve, and the value that asks for nothing.
 NEUTRAL: dict[str, object] = {
-    "n": 1,
-    "best_of": 1,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "min_p": 0,
-    "min_tokens": 0,
+    "n": 1.0,
+    "best_of": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_p": 0.0,
+    "min_tokens": 0.0,
+    "min_length": 0.0,
     "bad_words": [],
     "logit_bias": {},
     "allowed_token_ids": None,
@@ -76,10 +77,16 @@ NEUTRAL: dict[str, object] = {
     "detokenize": True,
     "truncate_prompt_tokens": None,
     "guided_decoding": None,
+    "guided_decoding_guide_type": None,
+    "guided_decoding_guide": None,
     "structured_outputs": None,
     "logits_processors": None,
+    "random_seed": None,
+    "end_id": None,
+    "pad_id": None,
+    "return_log_probs": False,
+    "return_token_ids": False,
 }
-
 
 LISTS = {"input_ids", "stop_words"}
 """Inputs of any length; all others hold one element."""
@@ -93,6 +100,8 @@ class Request:
     params: SamplingParams
     stop: list[str]
     flags: Flags
+    logprobs: bool
+    """whether the client asked for them; the cumulative one needs the engine's all the same"""
 
 
 def parse_request(
@@ -147,6 +156,7 @@ def parse_request(
         ),
         stop=[stop for stop in knobs.stop if stop],
         flags=flags,
+        logprobs=knobs.logprobs is not None,
     )
 
 
@@ -210,19 +220,30 @@ def _knobs(inputs: Mapping[str, object], parameters: Mapping[str, object]) -> Kn
             )
         given = {**inputs, **json}
     for name, neutral in NEUTRAL.items():
-        if name in given and given[name] not in (neutral, None) and given[name] != str(neutral):
+        if name in given and not _asks_for_nothing(given[name], neutral):
             raise RequestError(
                 "UNSUPPORTED", f"{of}{name}={_short(given[name])} is not supported; leave it out"
             )
     values = {name: value for name, value in given.items() if name in KNOBS and value is not None}
     knobs = Knobs(**_convert(values, KNOBS, of))
-    if isinstance(knobs.stop, str):
-        knobs.stop = [knobs.stop]
-    words = given.get("stop_words", [])
-    knobs.stop = knobs.stop + ([words] if isinstance(words, str) else cast(list[str], words))
+    words = _convert({"stop_words": given.get("stop_words", [])}, {"stop_words": KNOBS["stop"]})
+    knobs.stop = _as_list(knobs.stop) + _as_list(words["stop_words"])
     if knobs.seed is not None and not 0 <= knobs.seed <= MAX_SEED:
         raise RequestError("INVALID_ARG", f"{of}seed={knobs.seed}: Expected `int` in 0 to 2^64 - 1")
     return knobs
+
+
+def _as_list(value: list[str] | str) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _asks_for_nothing(value: object, neutral: object) -> bool:
+    if value is None or neutral is None:
+        return value is None
+    try:
+        return bool(msgspec.convert(value, type(neutral), strict=False) == neutral)
+    except msgspec.ValidationError:
+        return False
 
 
 def _json_object(text: object) -> dict[str, object]:

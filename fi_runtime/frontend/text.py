@@ -58,8 +58,11 @@ class TextStream:
         return new
 
     def _move_on(self, context: list[int], pending: list[int]) -> None:
-        self._context, self._pending = context, pending
-        self._said = len(self._decode(context))
+        # What has no text, as a special token, is no context: a decoder that drops the leading
+        # space of what it is given would drop the next token's.
+        self._context = context if self._decode(context) else self._context + context
+        self._pending = pending
+        self._said = len(self._decode(self._context))
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=True))

@@ -1,8 +1,8 @@
 """The class that Triton's Python backend loads, and the threads behind it.
 
 ``execute`` is called on Triton's thread and hands requests to the engine while it has credit;
-"replies" takes the engine's tokens and sends the responses; "cancellation" asks Triton a few times
-a second which clients have gone.
+"replies" takes the engine's tokens and sends the responses; "cancellation" asks Triton five times a
+second which clients have gone.
 """
 
 import itertools
@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,50 +21,25 @@ from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, DoorConfig, EngineConfig, engine_config, split_parameters
 from fi_runtime.frontend.engine_link import EngineLink
-from fi_runtime.frontend.replies import Answer, Tensors
+from fi_runtime.frontend.replies import Answer
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import RequestError, parse_request
-from fi_runtime.messages import Abort, Generate, Output, Step
+from fi_runtime.frontend.responder import Responder
+from fi_runtime.messages import Abort, Generate, Output, Step, encode
 
 log = logging.getLogger(__name__)
 
-CANCELLATION_CHECK_S = 0.1
+CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
 
 
+@dataclass(frozen=True)
 class InFlight:
     """A request between its arrival and its last response."""
 
-    def __init__(self, number: int, answer: Answer, sender: Any, batched: bool) -> None:
-        self.number = number
-        self.answer = answer
-        self._sender = sender
-        self._batched = batched
-        # NOTE: after its last response a sender's memory in the server is freed; asking it whether
-        # its client has gone would then read freed memory, so both happen under this lock.
-        self._lock = threading.Lock()
-        self._ended = False
-
-    def is_cancelled(self) -> bool:
-        with self._lock:
-            return not self._ended and self._sender.is_cancelled()
-
-    def send(self, tensors: Tensors, last: bool) -> None:
-        outputs = [
-            pb.Tensor(name, value[None] if self._batched else value)
-            for name, value in tensors.items()
-        ]
-        self._send(pb.InferenceResponse(output_tensors=outputs), last)
-
-    def fail(self, error: RequestError) -> None:
-        self._send(_error_response(error), last=True)
-
-    def _send(self, response: Any, last: bool) -> None:
-        with self._lock:
-            if not self._ended:
-                self._ended = last
-                flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-                self._sender.send(response, flags=flags)
+    number: int
+    answer: Answer
+    responder: Responder
 
 
 class TritonPythonModel:
@@ -91,7 +67,8 @@ class TritonPythonModel:
         self._numbers = itertools.count()
         self._in_flight: dict[int, InFlight] = {}
         self._credits = threading.Semaphore(0)
-        self._engine_lost = threading.Event()
+        self._lost = ""
+        """why there is no engine any more, once there is none"""
         self._closing = threading.Event()
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
@@ -105,14 +82,14 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
         for request in requests:
-            sender = request.get_response_sender()
+            responder = Responder(request.get_response_sender(), self._batched)
             try:
-                self._submit(request, sender)
+                self._submit(request, responder)
             except RequestError as error:
-                _send_error(sender, error)
-            except Exception as error:  # one request's surprise must not end the others
+                responder.fail(error)
+            except Exception as error:
                 log.exception("a request failed")
-                _send_error(sender, RequestError("INTERNAL", repr(error)))
+                responder.fail(_surprise(error))
 
     def finalize(self) -> None:
         """Leave the engine. Triton calls this when every request has had its last response."""
@@ -146,7 +123,7 @@ class TritonPythonModel:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
-    def _submit(self, request: Any, sender: Any) -> None:
+    def _submit(self, request: Any, responder: Responder) -> None:
         tensors = {
             name: tensor.as_numpy()
             for name in self._inputs
@@ -160,63 +137,78 @@ class TritonPythonModel:
                 "stream=true: this model answers with one response; use the decoupled model to "
                 "stream, or leave stream out",
             )
-        self._await_credit(sender)
         number = next(self._numbers)
-        answer = Answer(parsed, self._tokenizer)
+        message = encode(Generate(self._link.name, number, parsed.prompt, parsed.params))
+        in_flight = InFlight(number, Answer(parsed, self._tokenizer), responder)
+        # Nothing between the credit and the sending may fail: the credit would be lost.
+        self._await_credit(responder)
         # Before the engine hears of it, since its answer comes on another thread.
-        self._in_flight[number] = InFlight(number, answer, sender, self._batched)
-        self._link.send(Generate(self._link.name, number, parsed.prompt, parsed.params))
+        self._in_flight[number] = in_flight
+        self._link.send(message)
 
-    def _await_credit(self, sender: Any) -> None:
+    def _await_credit(self, responder: Responder) -> None:
         """Block until the engine has room, which leaves all else to Triton's own queue."""
         while not self._credits.acquire(timeout=CANCELLATION_CHECK_S):
-            if sender.is_cancelled():
+            if responder.is_cancelled():
                 raise RequestError("CANCELLED", "the request was cancelled")
-            if self._engine_lost.is_set():
+            if self._lost:
                 break
-        if self._engine_lost.is_set():
-            raise _engine_lost()
+        if self._lost:
+            raise RequestError("UNAVAILABLE", self._lost)
 
     def _reply(self) -> None:
         """Send what the engine gives until the model is closed."""
         while not self._closing.is_set():
-            steps = [m for m in self._link.receive() if isinstance(m, Step)]
+            try:
+                steps = [m for m in self._link.receive() if isinstance(m, Step)]
+            except Exception as error:
+                log.exception("the engine cannot be understood")
+                self._lost = f"the engine cannot be understood ({error}); load the model again"
+                return
             for step in steps:
                 if step.credits:
                     self._credits.release(step.credits)
             # What has come since the last look is sent as one response a request.
-            for request in self._take(itertools.chain.from_iterable(s.outputs for s in steps)):
-                if request.answer.has_response:
-                    self._respond(request)
-
-    def _respond(self, request: InFlight) -> None:
-        try:
-            request.send(request.answer.response(), last=bool(request.answer.finish))
-        except Exception:  # one request's surprise must not end the others
-            log.exception("request %d could not be answered", request.number)
-            self._in_flight.pop(request.number, None)
-            self._link.send(Abort(self._link.name, request.number))
+            for in_flight in self._take(itertools.chain.from_iterable(s.outputs for s in steps)):
+                self._respond(in_flight)
 
     def _take(self, outputs: Iterator[Output]) -> list[InFlight]:
-        """Add outputs to their answers; the requests that are the richer for it, each once."""
+        """Add outputs to their answers; the requests that have a response for it, each once."""
         touched: dict[int, InFlight] = {}
         for output in outputs:
-            request = self._in_flight.get(output.request)
-            if request is None:
-                continue  # it ended here first, by a stop string or its client's leave
+            in_flight = self._in_flight.get(output.request)
+            if in_flight is None:
+                continue  # it ended here first, by a stop string or an error
             try:
-                request.answer.take(output)
-            except RequestError as error:
-                del self._in_flight[output.request]
+                in_flight.answer.take(output)
+            except Exception as error:
                 touched.pop(output.request, None)
-                request.fail(error)
+                self._end(in_flight, error, at_engine=output.finish is None)
                 continue
-            touched[output.request] = request
-            if request.answer.finish:
-                del self._in_flight[output.request]
-                if output.finish is None:
-                    self._link.send(Abort(self._link.name, output.request))
-        return list(touched.values())
+            touched[output.request] = in_flight
+            if in_flight.answer.finish:
+                self._forget(in_flight, at_engine=output.finish is None)
+        return [in_flight for in_flight in touched.values() if in_flight.answer.has_response]
+
+    def _respond(self, in_flight: InFlight) -> None:
+        last = bool(in_flight.answer.finish)
+        try:
+            in_flight.responder.send(in_flight.answer.response(), last)
+        except Exception as error:
+            self._end(in_flight, error, at_engine=not last)
+
+    def _end(self, in_flight: InFlight, error: Exception, at_engine: bool) -> None:
+        """End a request that cannot go on, here and where need be at the engine."""
+        if not isinstance(error, RequestError):
+            log.error("request %d failed", in_flight.number, exc_info=error)
+            error = _surprise(error)
+        self._forget(in_flight, at_engine)
+        in_flight.responder.fail(error)
+
+    def _forget(self, in_flight: InFlight, at_engine: bool) -> None:
+        # Two threads may forget the same one.
+        if self._in_flight.pop(in_flight.number, None) is not None and at_engine:
+            self._link.send(encode(Abort(self._link.name, in_flight.number)))
 
     def _watch(self) -> None:
         """Abort what nobody waits for any more; notice an engine or a server that died."""
@@ -227,27 +219,18 @@ class TritonPythonModel:
                 # caught in a call that nobody is left to answer.
                 time.sleep(STUB_END_S)
                 os._exit(1)
-            for request in list(self._in_flight.values()):
-                if request.is_cancelled():
-                    self._link.send(Abort(self._link.name, request.number))
-            if not self._engine_lost.is_set() and not self._link.engine_lives():
+            for in_flight in list(self._in_flight.values()):
+                if in_flight.responder.is_cancelled():
+                    self._link.send(encode(Abort(self._link.name, in_flight.number)))
+            if not self._lost and not self._link.engine_lives():
                 log.error("the engine died")
-                self._engine_lost.set()
-            if self._engine_lost.is_set():
-                for number in list(self._in_flight):
-                    lost = self._in_flight.pop(number, None)
-                    if lost is not None:
-                        lost.fail(_engine_lost())
+                self._lost = "the engine died; load the model again to start a new one"
+            if self._lost:
+                for in_flight in list(self._in_flight.values()):
+                    lost = RequestError("UNAVAILABLE", self._lost)
+                    self._end(in_flight, lost, at_engine=False)
 
 
-def _engine_lost() -> RequestError:
-    return RequestError("UNAVAILABLE", "the engine died; load the model again to start a new one")
-
-
-def _error_response(error: RequestError) -> Any:
-    code = getattr(pb.TritonError, error.code)
-    return pb.InferenceResponse(error=pb.TritonError(str(error), code))
-
-
-def _send_error(sender: Any, error: RequestError) -> None:
-    sender.send(_error_response(error), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+def _surprise(error: Exception) -> RequestError:
+    """For one request's failure that nobody foresaw, which must not be the others'."""
+    return RequestError("INTERNAL", f"the request failed: {error!r}; the server's log has more")

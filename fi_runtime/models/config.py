@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
@@ -34,8 +34,6 @@ class ModelConfig:
     tied_embeddings: bool
     max_position: int
     eos_ids: tuple[int, ...]
-    dtype: torch.dtype
-    """of the checkpoint's tensors"""
     inverse_frequencies: torch.Tensor
     """(head_dim / 2,), float32, radians a position, on the CPU"""
     rope_scaling: float
@@ -61,6 +59,10 @@ def load_model_config(folder: Path, architectures: list[str]) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from error
     if getattr(config, "hidden_act", "silu") != "silu":
         raise ConfigError(f"{path}: hidden_act is {config.hidden_act!r}; supported is 'silu'")
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(
+            f"{path}: has a quantization_config; supported are checkpoints in {', '.join(DTYPES)}"
+        )
     if getattr(config, "use_sliding_window", False):
         raise ConfigError(f"{path}: use_sliding_window is true; supported is false")
     heads = int(config.num_attention_heads)
@@ -85,7 +87,6 @@ def load_model_config(folder: Path, architectures: list[str]) -> ModelConfig:
         tied_embeddings=bool(config.tie_word_embeddings),
         max_position=config.max_position_embeddings,
         eos_ids=_eos_ids(folder, config),
-        dtype=_dtype(config, path),
         inverse_frequencies=frequencies,
         rope_scaling=scaling,
     )
@@ -115,14 +116,6 @@ def _head_dim(config: PretrainedConfig) -> int:
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-
-
-def _dtype(config: PretrainedConfig, path: Path) -> torch.dtype:
-    # Absent in files written before transformers 4, whose tensors are float32.
-    dtype = config.dtype or torch.float32
-    if dtype not in DTYPES.values():
-        raise ConfigError(f"{path}: dtype is {dtype}; supported are {', '.join(DTYPES)}")
-    return cast(torch.dtype, dtype)
 
 
 def _eos_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:

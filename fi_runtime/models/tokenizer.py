@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from fi_runtime.config import ConfigError
@@ -16,8 +17,17 @@ def tokenizer_file(checkpoint: Path, scratch: Path) -> Path:
     Raises:
         ConfigError: no tokenizer that could be loaded or converted.
     """
+    if not checkpoint.is_dir():
+        raise ConfigError(
+            f"{checkpoint}: no such folder; a checkpoint is a folder with config.json, "
+            "tokenizer.json and *.safetensors"
+        )
     file = checkpoint / "tokenizer.json"
     if file.exists():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises no other kind
+            raise ConfigError(f"{file}: cannot be read as a tokenizer: {error}") from error
         return file
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fi_runtime.config import ConfigError
-from fi_runtime.models.config import read_json
+from fi_runtime.models.config import DTYPES, read_json
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +42,6 @@ class CheckpointWeights:
             self._file_of.update(dict.fromkeys(handle.keys(), file))
         self._left = set(self._file_of)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Read a tensor, converted to the dtype of the weights.
 
@@ -66,10 +63,10 @@ class CheckpointWeights:
                 f"{self._folder / file}: tensor {name} has shape {list(tensor.shape)}; "
                 f"expected {list(shape)} from config.json"
             )
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES.values():
             raise ConfigError(
-                f"{self._folder / file}: tensor {name} has dtype {tensor.dtype}; expected a "
-                "floating point one"
+                f"{self._folder / file}: tensor {name} has dtype {tensor.dtype}; "
+                f"supported are {', '.join(DTYPES)}"
             )
         self._left.discard(name)
         return tensor.to(self._dtype)

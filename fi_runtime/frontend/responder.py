@@ -1,0 +1,63 @@
+"""One request's way back to its client."""
+
+import logging
+import threading
+from typing import Any
+
+import triton_python_backend_utils as pb
+
+from fi_runtime.frontend.replies import Tensors
+from fi_runtime.frontend.requests import RequestError
+
+log = logging.getLogger(__name__)
+
+
+class Responder:
+    """Sends a request's responses, the last of them once. Safe for use by several threads.
+
+    NOTE: after its last response a sender's memory in the server is freed; asking it then whether
+    its client has gone would read freed memory. So both happen under a lock.
+    """
+
+    def __init__(self, sender: Any, batched: bool) -> None:
+        """``batched``: whether the model's tensors have a batch dimension."""
+        self._sender = sender
+        self._batched = batched
+        self._lock = threading.Lock()
+        self._ended = False
+
+    def is_cancelled(self) -> bool:
+        """Whether the client has gone; false once the last response is out. Never raises."""
+        with self._lock:
+            try:
+                return not self._ended and bool(self._sender.is_cancelled())
+            except Exception:
+                log.exception("the server did not say whether a client has gone")
+                return False
+
+    def send(self, tensors: Tensors, last: bool) -> None:
+        """Send a response, unless the last one is out.
+
+        Raises:
+            Exception: whatever the server refused it with; nothing is out then.
+        """
+        outputs = [
+            pb.Tensor(name, value[None] if self._batched else value)
+            for name, value in tensors.items()
+        ]
+        self._send(pb.InferenceResponse(output_tensors=outputs), last)
+
+    def fail(self, error: RequestError) -> None:
+        """End the request with an error, unless its last response is out. Never raises."""
+        try:
+            triton_error = pb.TritonError(str(error), getattr(pb.TritonError, error.code))
+            self._send(pb.InferenceResponse(error=triton_error), last=True)
+        except Exception:
+            log.exception("a request could not even be told: %s", error)
+
+    def _send(self, response: Any, last: bool) -> None:
+        flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+        with self._lock:
+            if not self._ended:
+                self._sender.send(response, flags=flags)
+                self._ended = last
