@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["cpu", "cuda"]
+Backend = Literal["fa2", "fa3", "auto"]
 
 
 Config = TypeVar("Config", bound=msgspec.Struct)
@@ -27,8 +29,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str, Meta(min_length=1, description="Hugging Face folder; relative to the model's folder")
     ]
     dtype: Annotated[
-        DTypeName, Meta(description="of weights and cache, whatever the checkpoint's files have")
-    ] = "float32"
+        DTypeName,
+        Meta(description="of weights and cache; auto: float32 on the CPU, bfloat16 on a GPU"),
+    ] = "auto"
+    device: Annotated[
+        Device, Meta(description="where the engine runs; front ends run on the CPU anyway")
+    ] = "cpu"
+    attention_backend: Annotated[
+        Backend, Meta(description="FlashInfer's kernels on a GPU; fa2 is what is meant to be used")
+    ] = "fa2"
+    decode_graphs: Annotated[
+        int,
+        Meta(ge=0, le=4096, description="sequences up to which a GPU's decode steps are captured"),
+    ] = 256
     page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the cache")] = 16
     cache_tokens: Annotated[
         int, Meta(ge=16, le=1 << 30, description="tokens the paged cache holds, all sequences")

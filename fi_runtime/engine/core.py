@@ -8,15 +8,23 @@ from pathlib import Path
 
 import torch
 
+from fi_runtime.attention.flashinfer import FlashInferAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.cache.pages import PagePool
 from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.runner import Runner, Sampled
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Sequence, SequenceKey
 from fi_runtime.messages import FinishReason, Output, SamplingParams
-from fi_runtime.models import ARCHITECTURES, CheckpointWeights, ModelConfig, load_model_config
+from fi_runtime.models import (
+    ARCHITECTURES,
+    CheckpointWeights,
+    Decoder,
+    ModelConfig,
+    load_model_config,
+)
 from fi_runtime.models.config import DTYPES
 
 log = logging.getLogger(__name__)
@@ -44,13 +52,13 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        device = torch.device("cpu")
+        device = _device(config)
         torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // 2))
         folder = Path(config.checkpoint)
         self.model_config = load_model_config(folder, list(ARCHITECTURES))
-        dtype = DTYPES[config.dtype]
+        dtype = _dtype(config)
         shape = _cache_shape(config, self.model_config)
-        _check_memory(shape, dtype)
+        _check_memory(shape, dtype, device)
         self.pool = PagePool(shape.pages)
         self.max_context = _max_context(config, self.model_config, self.pool)
         weights = CheckpointWeights(folder, dtype, device)
@@ -59,7 +67,7 @@ class Engine:
         )
         weights.close()
         cache = KVCache(shape, dtype, device)
-        self._runner = Runner(model, ReferenceAttention(cache), config.page_size, device)
+        self._runner = _runner(config, model, cache)
         self.scheduler = Scheduler(
             self.pool, config.page_size, config.max_sequences, config.step_tokens
         )
@@ -193,9 +201,37 @@ def _cache_shape(config: EngineConfig, model: ModelConfig) -> CacheShape:
     )
 
 
-def _check_memory(shape: CacheShape, dtype: torch.dtype) -> None:
-    """Refuse a cache that this machine has no memory for, before the kernel ends the engine."""
-    available = _available_memory()
+def _device(config: EngineConfig) -> torch.device:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "device='cuda': torch finds no GPU (torch "
+            f"{torch.__version__}, CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); "
+            "use device='cpu', or a machine and a torch build with CUDA"
+        )
+    return torch.device(config.device)
+
+
+def _dtype(config: EngineConfig) -> torch.dtype:
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    return torch.float32 if config.device == "cpu" else torch.bfloat16
+
+
+def _runner(config: EngineConfig, model: Decoder, cache: KVCache) -> Runner:
+    """Plain torch on the CPU; on a GPU FlashInfer, and decode from CUDA graphs."""
+    device = cache.data.device
+    if device.type == "cpu":
+        return Runner(model, ReferenceAttention(cache), config.page_size, device)
+    attention = FlashInferAttention(cache, model.config.heads, config.attention_backend)
+    captured = min(config.decode_graphs, config.max_sequences)
+    graphs = DecodeGraphs(model, attention, captured) if captured else None
+    return Runner(model, attention, config.page_size, device, graphs)
+
+
+def _check_memory(shape: CacheShape, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse a cache that there is no memory for, before the kernel ends the engine."""
+    on_gpu = device.type == "cuda"
+    available = torch.cuda.mem_get_info(device)[0] if on_gpu else _available_memory()
     token_bytes = shape.nbytes(dtype) // shape.tokens
     if shape.nbytes(dtype) > available:
         raise ConfigError(

@@ -7,6 +7,7 @@ import torch
 
 from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout
 from fi_runtime.engine import sampler
+from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.sequence import Chunk
 from fi_runtime.messages import TokenLogprob
 from fi_runtime.models import Decoder
@@ -22,17 +23,26 @@ class Sampled:
 
 class Runner:
     def __init__(
-        self, model: Decoder, attention: Attention, page_size: int, device: torch.device
+        self,
+        model: Decoder,
+        attention: Attention,
+        page_size: int,
+        device: torch.device,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._page_size = page_size
         self._device = device
+        self._graphs = graphs
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
         """Compute the chunks; one result for each that completes its sequence, in their order."""
         layout, tokens, positions = self._lay_out(chunks)
+        decoding = len(tokens) == len(chunks) and all(chunk.completes for chunk in chunks)
+        if decoding and self._graphs is not None and self._graphs.fits(len(chunks)):
+            return self._choose(chunks, self._graphs.run(layout, tokens, positions))
         self._attention.plan(layout)
         hidden = self._model(
             torch.from_numpy(tokens).to(self._device),
@@ -46,8 +56,11 @@ class Runner:
         ]
         if not last_rows:
             return []
+        return self._choose(chunks, self._model.logits(hidden[last_rows]))
+
+    def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Sampled]:
+        """One token for each chunk that completes its sequence; ``logits`` has their rows."""
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
-        logits = self._model.logits(hidden[last_rows])
         params = [sequence.params for sequence in sequences]
         chosen = sampler.sample(logits, params, [s.num_generated for s in sequences])
         return [

@@ -1,6 +1,6 @@
 import torch
-from torch.nn import functional
 
+from fi_runtime.kernels.activation import silu_and_mul
 from fi_runtime.layers.linear import Linear
 
 
@@ -12,5 +12,4 @@ class GatedMLP:
         self._down = down
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(functional.silu(gate) * up)
+        return self._down(silu_and_mul(self._gate_up(x)))

@@ -1,22 +1,18 @@
 import torch
 
+from fi_runtime.kernels.norm import add_rms_norm, rms_norm
+
 
 class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich, 2019).
-
-    The mean is taken in float32 whatever the dtype of ``x``.
-    """
+    """Root-mean-square norm over the last dimension, with a ``weight`` (size,)."""
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self.weight = weight
         self.eps = eps
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * (wide * scale).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add ``x`` to the residual stream and normalise it: (normalised, new residual)."""
-        residual = residual + x
-        return self(residual), residual
+        return add_rms_norm(x, residual, self.weight, self.eps)

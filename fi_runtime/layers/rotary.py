@@ -1,11 +1,10 @@
 import torch
 
+from fi_runtime.kernels.rotary import rotate
+
 
 class Rotary:
-    """Rotary position embedding over the whole head (Su et al., 2021), halves as pairs.
-
-    Element ``i`` of a head turns with element ``i + head_dim / 2`` by
-    ``position * inverse_frequencies[i]``.
+    """Rotary position embedding over the whole head, halves as pairs.
 
     Args:
         inverse_frequencies: (head_dim / 2,), float32, radians a position.
@@ -20,18 +19,10 @@ class Rotary:
             max_position, dtype=torch.float32, device=inverse_frequencies.device
         )
         angles = torch.outer(positions, inverse_frequencies)
-        self._cos = (angles.cos() * scaling).repeat(1, 2)
-        self._sin = (angles.sin() * scaling).repeat(1, 2)
+        self._cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * scaling
 
     def __call__(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Turn queries and keys: ``positions`` (tokens,), the others (tokens, any heads, dim)."""
-        cos = self._cos[positions].unsqueeze(1).to(q.dtype)
-        sin = self._sin[positions].unsqueeze(1).to(q.dtype)
-        return _turn(q, cos, sin), _turn(k, cos, sin)
-
-
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+        return rotate(positions, q, k, self._cos_sin)

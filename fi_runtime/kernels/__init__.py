@@ -1,0 +1,1 @@
+"""GPU kernels, each beside its plain-torch meaning. Which one runs, the tensor's device decides."""
