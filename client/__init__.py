@@ -10,9 +10,10 @@
 """
 
 from client.answer import Answer, Timing
+from client.connection import connect
 from client.errors import ClientError, Refused, TimedOut, Unreachable
 from client.request import Piece, Request
-from client.transport import Protocol, Transport, connect
+from client.transport import Protocol, Transport
 
 __all__ = [
     "Answer",

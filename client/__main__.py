@@ -25,6 +25,7 @@ import typer
 
 from client.answer import Answer
 from client.chat import Conversation
+from client.connection import connect
 from client.console import (
     describe,
     exit_codes,
@@ -38,7 +39,7 @@ from client.console import (
 from client.errors import ClientError
 from client.request import DEFAULT_TIMEOUT_S, Piece, Request
 from client.template import ChatTemplate
-from client.transport import Protocol, Transport, connect
+from client.transport import Protocol, Transport
 
 DEMO_CHECKPOINT = (
     Path(__file__).resolve().parent.parent / "model_repository" / "llm" / "demo_checkpoint"

@@ -1,4 +1,4 @@
-"""The one interface of the ways to a server, and the choice between them."""
+"""The one interface of the ways to a server."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator
@@ -117,25 +117,3 @@ class Transport(ABC):
     def lost(self, reason: object) -> Unreachable:
         """For a server that went away in mid-answer."""
         return Unreachable(f"lost the connection to {self.address}: {one_line(reason)}")
-
-
-def connect(protocol: Protocol = "grpc", url: str | None = None) -> Transport:
-    """A connection to a server, by default one on this host at Triton's port; use it in `with`.
-
-    Raises:
-        ValueError: `url` is not one.
-        Unreachable: nothing answers there.
-    """
-    address = Address.parse(protocol, url)
-    transport: Transport
-    # Imported when needed: each brings its own network stack.
-    if protocol == "grpc":
-        from client.grpc_transport import GrpcTransport
-
-        transport = GrpcTransport(address)
-    else:
-        from client.http_transport import HttpTransport
-
-        transport = HttpTransport(address)
-    transport.open()
-    return transport
