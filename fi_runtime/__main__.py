@@ -1,11 +1,14 @@
 """Commands that need no server: ``python -m fi_runtime --help``."""
 
+import contextlib
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 from tokenizers import Tokenizer
@@ -13,11 +16,16 @@ from tokenizers import Tokenizer
 from fi_runtime.config import ConfigError
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
+from fi_runtime.kernels.prebuild import prebuild as compile_modules
 from fi_runtime.messages import SamplingParams
+from fi_runtime.models import ARCHITECTURES, load_model_config
+from fi_runtime.models.config import DTYPES
 from fi_runtime.models.tokenizer import tokenizer_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
 errors = Console(stderr=True)
+
+Model = Annotated[Path, typer.Option(help="Model folder whose config.pbtxt names the checkpoint.")]
 
 
 @app.callback()
@@ -29,23 +37,18 @@ def _commands() -> None:
 @app.command()
 def generate(
     prompt: str,
-    model: Annotated[
-        Path, typer.Option(help="Model folder whose config.pbtxt names the checkpoint.")
-    ] = Path("model_repository/llm"),
+    model: Model = Path("model_repository/llm"),
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Answer one prompt with an engine in this process, with no server between."""
-    try:
+    with told_errors():
         config = read_engine_config(model)
         engine = Engine(config)
         with tempfile.TemporaryDirectory() as scratch:
             file = tokenizer_file(Path(config.checkpoint), Path(scratch))
             tokenizer = Tokenizer.from_file(str(file))
-    except ConfigError as error:
-        errors.print(str(error), style="red", markup=False)
-        raise typer.Exit(1) from None
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     begin = time.perf_counter()
     result = engine.generate([list(tokenizer.encode(prompt).ids)], params)[0]
@@ -54,6 +57,37 @@ def generate(
     errors.print(
         f"{len(result.tokens)} tokens in {seconds:.2f} s, finished: {result.finish}", style="dim"
     )
+
+
+@app.command()
+def prebuild(
+    out: Annotated[Path, typer.Option(help="Folder to fill; parameter kernels names it.")],
+    model: Model = Path("model_repository/llm"),
+    arch: Annotated[
+        str, typer.Option(help="Compute capabilities, blanks between: 8.0, 8.9, 9.0a, ...")
+    ] = "9.0a",
+) -> None:
+    """Compile the GPU kernels that a model needs, so that a server need not. Needs no GPU."""
+    with told_errors():
+        config = read_engine_config(model)
+        shape = load_model_config(Path(config.checkpoint), list(ARCHITECTURES))
+        dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
+        compile_modules(shape, dtype, arch, out, report_module)
+
+
+def report_module(name: str, number: int, total: int, seconds: float) -> None:
+    """Say that a module is done."""
+    errors.print(f"{number}/{total}  {seconds:5.0f} s  {name}", highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def told_errors() -> Iterator[None]:
+    """End the command with one message for what cannot be done."""
+    try:
+        yield
+    except ConfigError as error:
+        errors.print(str(error), style="red", markup=False)
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     attention_backend: Annotated[
         Backend, Meta(description="FlashInfer's kernels on a GPU; fa2 is what is meant to be used")
     ] = "fa2"
+    kernels: Annotated[
+        str, Meta(description="folder of prebuilt GPU kernels; relative to the model's folder")
+    ] = ""
     decode_graphs: Annotated[
         int,
         Meta(ge=0, le=4096, description="sequences up to which a GPU's decode steps are captured"),
@@ -130,7 +133,11 @@ def engine_config(parameters: dict[str, str], model_folder: Path) -> EngineConfi
             f"{model}/config.pbtxt: parameter cache_tokens={config.cache_tokens} is less than one "
             f"page of page_size={config.page_size}"
         )
-    return msgspec.structs.replace(config, checkpoint=str(model_folder / config.checkpoint))
+    return msgspec.structs.replace(
+        config,
+        checkpoint=str(model_folder / config.checkpoint),
+        kernels=str(model_folder / config.kernels) if config.kernels else "",
+    )
 
 
 def _knobs(kind: type[msgspec.Struct]) -> dict[str, Any]:

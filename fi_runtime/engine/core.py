@@ -17,6 +17,7 @@ from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.runner import Runner, Sampled
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Sequence, SequenceKey
+from fi_runtime.kernels.library import use_prebuilt
 from fi_runtime.messages import FinishReason, Output, SamplingParams
 from fi_runtime.models import (
     ARCHITECTURES,
@@ -222,6 +223,8 @@ def _runner(config: EngineConfig, model: Decoder, cache: KVCache) -> Runner:
     device = cache.data.device
     if device.type == "cpu":
         return Runner(model, ReferenceAttention(cache), config.page_size, device)
+    if config.kernels:
+        use_prebuilt(Path(config.kernels))
     attention = FlashInferAttention(cache, model.config.heads, config.attention_backend)
     captured = min(config.decode_graphs, config.max_sequences)
     graphs = DecodeGraphs(model, attention, captured) if captured else None

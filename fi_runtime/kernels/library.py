@@ -4,7 +4,9 @@ import functools
 import importlib
 import importlib.metadata
 import os
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from packaging.version import InvalidVersion, Version
 
@@ -54,3 +56,21 @@ def flashinfer() -> ModuleType:
     for name in ("activation", "norm", "page", "rope"):
         importlib.import_module(f"flashinfer.{name}")
     return library
+
+
+def use_prebuilt(folder: Path) -> None:
+    """Load modules from a folder that ``prebuild`` filled; those it lacks compile at first use.
+
+    Raises:
+        ConfigError: there is none in it.
+    """
+    if not any(folder.glob("*/*.so")):
+        raise ConfigError(
+            f"{folder}: holds no prebuilt kernels; "
+            "fill it with: python -m fi_runtime prebuild --out FOLDER"
+        )
+    flashinfer()
+    # FlashInfer looks for what was compiled ahead of time in this folder, and has no other say in
+    # where that is.
+    places: Any = importlib.import_module("flashinfer.jit.env")
+    places.FLASHINFER_AOT_DIR = folder.resolve()

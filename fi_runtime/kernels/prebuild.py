@@ -1,0 +1,134 @@
+"""Compiles the FlashInfer modules that a checkpoint needs, on a machine that may have no GPU."""
+
+import functools
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fi_runtime.config import ConfigError
+from fi_runtime.kernels.library import flashinfer
+from fi_runtime.models import ModelConfig
+
+HEADERS = {"cublasLt.h": "nvidia-cublas", "curand.h": "nvidia-curand"}
+"""What FlashInfer includes beside the compiler's own, and the packages that carry it."""
+
+DEFAULT_CUDA_HOME = "/usr/local/cuda"
+
+Report = Callable[[str, int, int, float], None]
+"""Told of each module that is done: its name, its number, how many there are, seconds."""
+
+
+def prebuild(model: ModelConfig, dtype: torch.dtype, arch: str, out: Path, report: Report) -> None:
+    """Compile into ``out``, as NAME/NAME.so; what is there already is left alone.
+
+    Args:
+        model: the shape that the modules are for.
+        dtype: of weights and cache, bfloat16 or float16.
+        arch: compute capability as FlashInfer writes it, such as 9.0a; several with blanks between.
+        out: made if missing.
+        report: called after each module.
+
+    Raises:
+        ConfigError: something is missing to compile with, naming it; or a module does not compile.
+    """
+    scratch = out.resolve() / ".build"
+    scratch.mkdir(parents=True, exist_ok=True)
+    os.environ |= _toolchain(scratch)
+    # FlashInfer reads these when it is imported.
+    os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": str(scratch)}
+    flashinfer()
+    specs = list(_modules(model, dtype))
+    for number, spec in enumerate(specs, 1):
+        begin = time.monotonic()
+        target = out / spec.name / f"{spec.name}.so"
+        if not target.exists():
+            try:
+                spec.build()
+            except RuntimeError as error:
+                raise ConfigError(f"{spec.name} does not compile: {error}") from error
+            target.parent.mkdir(exist_ok=True)
+            # In one step: a file that is there is whole.
+            shutil.copyfile(spec.jit_library_path, target.with_suffix(".part"))
+            target.with_suffix(".part").rename(target)
+        report(spec.name, number, len(specs), time.monotonic() - begin)
+    shutil.rmtree(scratch)
+
+
+def _modules(model: ModelConfig, dtype: torch.dtype) -> Iterator[Any]:
+    """FlashInfer's specifications of what the runtime calls for such a model."""
+    jit = functools.partial(importlib.import_module, package="flashinfer.jit")
+    yield jit(".norm").gen_norm_module()
+    yield jit(".rope").gen_rope_module()
+    yield jit(".page").gen_page_module()
+    yield jit(".activation").gen_act_and_mul_module("silu")
+    attention = jit(".attention.modules")
+    kind = (dtype, dtype, dtype, torch.int32, model.head_dim, model.head_dim)
+    no_position, no_window, no_cap, no_half = 0, False, False, False
+    yield attention.gen_batch_decode_module(*kind, no_position, no_window, no_cap)
+    yield attention.gen_batch_prefill_module("fa2", *kind, no_position, no_window, no_cap, no_half)
+
+
+def _toolchain(scratch: Path) -> dict[str, str]:
+    """Environment variables with which FlashInfer finds a compiler, headers and libraries.
+
+    Raises:
+        ConfigError: names all that is missing, and where each is to be had.
+    """
+    missing = []
+    path = _joined(str(Path(sys.executable).parent), os.environ.get("PATH", ""))
+    home = _cuda_home(path)
+    if home is None:
+        missing.append("nvcc (set CUDA_HOME, or install the CUDA toolkit)")
+    if shutil.which("ninja", path=path) is None:
+        missing.append("ninja (pip install ninja)")
+    if shutil.which("c++", path=path) is None:
+        missing.append("c++ (install g++)")
+    folders = [home / "include"] if home else []
+    folders += sorted((Path(sysconfig.get_paths()["purelib"]) / "nvidia").glob("*/include"))
+    include = []
+    for header, package in HEADERS.items():
+        found = next((folder for folder in folders if (folder / header).exists()), None)
+        if found is None:
+            missing.append(f"{header} (pip install {package})")
+        else:
+            include.append(str(found))
+    if missing or home is None:
+        raise ConfigError(f"cannot compile without {'; '.join(missing)}")
+    return {
+        "CUDA_HOME": str(home),
+        "CPATH": _joined(os.environ.get("CPATH", ""), *include),
+        "LIBRARY_PATH": _joined(os.environ.get("LIBRARY_PATH", ""), str(_libcuda(home, scratch))),
+        "PATH": path,
+    }
+
+
+def _cuda_home(path: str) -> Path | None:
+    nvcc = shutil.which("nvcc", path=path)
+    candidates = [os.environ.get("CUDA_HOME", "")]
+    candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    candidates += [DEFAULT_CUDA_HOME]
+    homes = (Path(candidate) for candidate in candidates if candidate)
+    return next((home for home in homes if (home / "bin" / "nvcc").exists()), None)
+
+
+def _libcuda(home: Path, scratch: Path) -> Path:
+    """A folder with a libcuda.so to link against; the driver brings the real one."""
+    for folder in (home / "lib64" / "stubs", home / "lib" / "stubs"):
+        if (folder / "libcuda.so").exists():
+            return folder
+    command = ["c++", "-shared", "-x", "c++", os.devnull, "-Wl,-soname,libcuda.so.1", "-o"]
+    subprocess.run([*command, str(scratch / "libcuda.so")], check=True)
+    return scratch
+
+
+def _joined(*parts: str) -> str:
+    return os.pathsep.join(part for part in parts if part)
