@@ -72,7 +72,7 @@ def prebuild(
         config = read_engine_config(model)
         shape = load_model_config(Path(config.checkpoint), list(ARCHITECTURES))
         dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
-        compile_modules(shape, dtype, arch, out, report_module)
+        compile_modules(shape.head_dim, dtype, arch, out, report_module)
 
 
 def report_module(name: str, number: int, total: int, seconds: float) -> None:

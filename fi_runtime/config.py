@@ -14,7 +14,6 @@ DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Backend = Literal["fa2", "fa3", "auto"]
 
-
 Config = TypeVar("Config", bound=msgspec.Struct)
 
 

@@ -6,7 +6,7 @@ checked when the engine starts, since what it was told lies in a private attribu
 """
 
 import logging
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,10 @@ import torch
 from fi_runtime.attention.base import Int32s, StepLayout
 from fi_runtime.cache.kv_cache import KVCache
 from fi_runtime.cache.pages import SPARE_PAGE
-from fi_runtime.config import ConfigError
+from fi_runtime.config import Backend, ConfigError
 from fi_runtime.kernels.library import flashinfer
 
 log = logging.getLogger(__name__)
-
-Backend = Literal["fa2", "fa3", "auto"]
 
 WORKSPACE_BYTES = 256 << 20
 """for the partial results of split contexts; shared, since one wrapper runs at a time"""

@@ -95,7 +95,7 @@ class Answer:
         return tensors
 
     def _logprobs_json(self, rows: list[list[TokenLogprob]]) -> str:
-        """VLLM's form: for each token an object by token id, "null" where none were asked for."""
+        """In vLLM's form: for each token an object by token id; "null" where none was asked for."""
         if not self._wants_logprobs:
             return "null"
         return msgspec.json.encode(

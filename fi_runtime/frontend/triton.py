@@ -103,7 +103,7 @@ class TritonPythonModel:
         if args["model_instance_kind"] != "CPU":
             raise ConfigError(
                 f"{name}/config.pbtxt: instance_group kind KIND_{args['model_instance_kind']}: "
-                "this engine runs on the CPU; use KIND_CPU"
+                "front ends run on the CPU; use KIND_CPU"
             )
         parameters = {
             key: value["string_value"]

@@ -16,7 +16,6 @@ import torch
 
 from fi_runtime.config import ConfigError
 from fi_runtime.kernels.library import flashinfer
-from fi_runtime.models import ModelConfig
 
 HEADERS = {"cublasLt.h": "nvidia-cublas", "curand.h": "nvidia-curand"}
 """What FlashInfer includes beside the compiler's own, and the packages that carry it."""
@@ -27,11 +26,11 @@ Report = Callable[[str, int, int, float], None]
 """Told of each module that is done: its name, its number, how many there are, seconds."""
 
 
-def prebuild(model: ModelConfig, dtype: torch.dtype, arch: str, out: Path, report: Report) -> None:
+def prebuild(head_dim: int, dtype: torch.dtype, arch: str, out: Path, report: Report) -> None:
     """Compile into ``out``, as NAME/NAME.so; what is there already is left alone.
 
     Args:
-        model: the shape that the modules are for.
+        head_dim: of the model's attention heads; nothing else of its shape is compiled in.
         dtype: of weights and cache, bfloat16 or float16.
         arch: compute capability as FlashInfer writes it, such as 9.0a; several with blanks between.
         out: made if missing.
@@ -46,7 +45,7 @@ def prebuild(model: ModelConfig, dtype: torch.dtype, arch: str, out: Path, repor
     # FlashInfer reads these when it is imported.
     os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": str(scratch)}
     flashinfer()
-    specs = list(_modules(model, dtype))
+    specs = list(_modules(head_dim, dtype))
     for number, spec in enumerate(specs, 1):
         begin = time.monotonic()
         target = out / spec.name / f"{spec.name}.so"
@@ -63,7 +62,7 @@ def prebuild(model: ModelConfig, dtype: torch.dtype, arch: str, out: Path, repor
     shutil.rmtree(scratch)
 
 
-def _modules(model: ModelConfig, dtype: torch.dtype) -> Iterator[Any]:
+def _modules(head_dim: int, dtype: torch.dtype) -> Iterator[Any]:
     """FlashInfer's specifications of what the runtime calls for such a model."""
     jit = functools.partial(importlib.import_module, package="flashinfer.jit")
     yield jit(".norm").gen_norm_module()
@@ -71,7 +70,7 @@ def _modules(model: ModelConfig, dtype: torch.dtype) -> Iterator[Any]:
     yield jit(".page").gen_page_module()
     yield jit(".activation").gen_act_and_mul_module("silu")
     attention = jit(".attention.modules")
-    kind = (dtype, dtype, dtype, torch.int32, model.head_dim, model.head_dim)
+    kind = (dtype, dtype, dtype, torch.int32, head_dim, head_dim)
     no_position, no_window, no_cap, no_half = 0, False, False, False
     yield attention.gen_batch_decode_module(*kind, no_position, no_window, no_cap)
     yield attention.gen_batch_prefill_module("fa2", *kind, no_position, no_window, no_cap, no_half)
