@@ -391,6 +391,15 @@ def has_ended(server: TritonServer) -> bool:
     return server.process.poll() is not None and not server.started()
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs. One that ended is a zombie until its parent collects it, and in a
+    container the parent of what a killed server leaves may never do so."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def leftovers(mark: str, pid: int) -> list[Path]:
     """What a server has left in shared memory, and where its front ends met its engine."""
     return [*SHARED_MEMORY.glob(f"{mark}*"), *private_base().glob(f"{pid}-*")]
@@ -452,7 +461,7 @@ def test_the_serve_command_ends_with_streams_running(
                 opened.next()
                 command.send_signal(signal.SIGTERM)
                 wait_until(
-                    lambda: command.poll() is not None and not any(p.is_running() for p in family),
+                    lambda: command.poll() is not None and not any(map(is_alive, family)),
                     ENDED_S,
                     "every process has ended",
                 )

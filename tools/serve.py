@@ -31,7 +31,7 @@ DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's 
 SHARED_MEMORY = Path("/dev/shm")
 # Bytes; a Python-backend process takes 1 MiB and grows with its messages.
 MIN_SHARED_MEMORY = 32 << 20
-STOP_SECONDS = 8.0  # for an orderly end; what is left then is killed, within 10 s of Ctrl-C
+STOP_SECONDS = 7.0  # for an orderly end; what is left then is killed, within 10 s of Ctrl-C
 POLL_SECONDS = 0.1
 RULE = "=" * 78
 # What the default checkpoint can answer.
