@@ -90,6 +90,13 @@ TopP = Annotated[
         show_default="the server's",
     ),
 ]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Choose among tokens of at least this share of the likeliest one's probability.",
+        show_default="the server's",
+    ),
+]
 Seed = Annotated[
     int | None, typer.Option(help="Makes sampling repeatable.", show_default="a random one")
 ]
@@ -122,6 +129,7 @@ def generate(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
     echo: Annotated[bool, typer.Option("--echo", help="Repeat the prompt first.")] = False,
@@ -145,6 +153,7 @@ def generate(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
             stop=read_stop(stop),
             timeout_s=timeout,
@@ -180,6 +189,7 @@ def chat(
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
@@ -198,6 +208,7 @@ def chat(
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
             seed=seed,
             stop=read_stop(stop),
             timeout_s=timeout,

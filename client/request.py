@@ -23,6 +23,7 @@ class Request:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     """strings that end the answer and are no part of it"""
@@ -36,7 +37,7 @@ class Request:
 
     def inputs(self) -> dict[str, str | bool]:
         """The model's inputs by name, one element each."""
-        names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
         sampling = {name: value for name in names if (value := getattr(self, name)) is not None}
         return {
             "text_input": self.prompt,

@@ -13,13 +13,14 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from fi_runtime.config import ConfigError
+from fi_runtime.attention.flashinfer import check_head_dim
+from fi_runtime.config import ConfigError, Device
+from fi_runtime.engine.build import compute_dtype
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.prebuild import prebuild as compile_modules
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import ARCHITECTURES, load_model_config
-from fi_runtime.models.config import DTYPES
 from fi_runtime.models.tokenizer import tokenizer_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -41,10 +42,13 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    device: Annotated[
+        Device | None, typer.Option(help="Where to run.", show_default="cuda where there is a GPU")
+    ] = None,
 ) -> None:
     """Answer one prompt with an engine in this process, with no server between."""
     with told_errors():
-        config = read_engine_config(model)
+        config = read_engine_config(model, device or _device_here())
         engine = Engine(config)
         with tempfile.TemporaryDirectory() as scratch:
             file = tokenizer_file(Path(config.checkpoint), Path(scratch))
@@ -61,18 +65,37 @@ def generate(
 
 @app.command()
 def prebuild(
-    out: Annotated[Path, typer.Option(help="Folder to fill; parameter kernels names it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to fill.", show_default="the model's own, which it looks in"),
+    ] = None,
     model: Model = Path("model_repository/llm"),
     arch: Annotated[
         str, typer.Option(help="Compute capabilities, blanks between: 8.0, 8.9, 9.0a, ...")
     ] = "9.0a",
+    fa3: Annotated[
+        bool, typer.Option("--fa3", help="Also FA3's attention, which doctor compares with.")
+    ] = False,
 ) -> None:
     """Compile the GPU kernels that a model needs, so that a server need not. Needs no GPU."""
     with told_errors():
-        config = read_engine_config(model)
+        config = read_engine_config(model, "cuda")
         shape = load_model_config(Path(config.checkpoint), list(ARCHITECTURES))
-        dtype = torch.bfloat16 if config.dtype == "auto" else DTYPES[config.dtype]
-        compile_modules(shape.head_dim, dtype, arch, out, report_module)
+        check_head_dim(shape.head_dim)
+        # What auto would choose is for the GPU to say; one of these it is.
+        both = fa3 or config.attention_backend != "fa2"
+        compile_modules(
+            shape.head_dim,
+            compute_dtype(config),
+            ["fa2", "fa3"] if both else ["fa2"],
+            arch,
+            out or Path(config.kernels),
+            report_module,
+        )
+
+
+def _device_here() -> Device:
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def report_module(name: str, number: int, total: int, seconds: float) -> None:

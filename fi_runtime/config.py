@@ -13,6 +13,7 @@ from msgspec import Meta
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["cpu", "cuda"]
 Backend = Literal["fa2", "fa3", "auto"]
+LoadFormat = Literal["safetensors", "dummy"]
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 
@@ -22,7 +23,12 @@ class ConfigError(ValueError):
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine is started with. Token counts are in tokens, sizes of pages too."""
+    """What an engine is started with. Token counts are in tokens, sizes of pages too.
+
+    ``device`` is no knob: the kind of the model's instance group says it.
+    """
+
+    device: Device = "cpu"
 
     checkpoint: Annotated[
         str, Meta(min_length=1, description="Hugging Face folder; relative to the model's folder")
@@ -31,34 +37,63 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         DTypeName,
         Meta(description="of weights and cache; auto: float32 on the CPU, bfloat16 on a GPU"),
     ] = "auto"
-    device: Annotated[
-        Device, Meta(description="where the engine runs; front ends run on the CPU anyway")
-    ] = "cpu"
+    load_format: Annotated[
+        LoadFormat,
+        Meta(description="dummy: random weights of the shape in config.json, for measurements"),
+    ] = "safetensors"
     attention_backend: Annotated[
         Backend, Meta(description="FlashInfer's kernels on a GPU; fa2 is what is meant to be used")
     ] = "fa2"
     kernels: Annotated[
-        str, Meta(description="folder of prebuilt GPU kernels; relative to the model's folder")
-    ] = ""
+        str,
+        Meta(
+            description="folder of prebuilt GPU kernels, relative to the model's folder; where it "
+            "is missing they compile at first use"
+        ),
+    ] = "kernels"
     decode_graphs: Annotated[
         int,
         Meta(ge=0, le=4096, description="sequences up to which a GPU's decode steps are captured"),
     ] = 256
     page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the cache")] = 16
     cache_tokens: Annotated[
-        int, Meta(ge=16, le=1 << 30, description="tokens the paged cache holds, all sequences")
-    ] = 65_536
+        int,
+        Meta(
+            ge=0,
+            le=1 << 30,
+            description="tokens the paged cache holds, all sequences; 0: 65536 on the CPU, on a "
+            "GPU as many as gpu_memory_fraction leaves room for",
+        ),
+    ] = 0
+    gpu_memory_fraction: Annotated[
+        float,
+        Meta(
+            gt=0.0,
+            le=1.0,
+            description="share of the GPU's memory that may be in use once the engine has started",
+        ),
+    ] = 0.9
     max_context: Annotated[
         int,
         Meta(ge=0, le=1 << 24, description="prompt and output of one sequence; 0: the model's own"),
     ] = 0
     max_sequences: Annotated[
-        int, Meta(ge=1, le=4096, description="sequences that run at the same time")
-    ] = 64
+        int,
+        Meta(
+            ge=0,
+            le=4096,
+            description="sequences that run at the same time; 0: 64 on the CPU, 256 on a GPU",
+        ),
+    ] = 0
     step_tokens: Annotated[
         int,
-        Meta(ge=1, le=1 << 20, description="tokens one step computes; prompts are cut to fit"),
-    ] = 512
+        Meta(
+            ge=0,
+            le=1 << 20,
+            description="tokens one step computes, prompts are cut to fit; 0: 512 on the CPU, "
+            "8192 on a GPU",
+        ),
+    ] = 0
     cpu_threads: Annotated[
         int,
         Meta(
@@ -68,6 +103,18 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "front ends and clients need some, and threads that wait for a core stall all others",
         ),
     ] = 0
+
+    def __post_init__(self) -> None:
+        """Put in what depends on the device where a knob was left at 0."""
+        for name, value in _DEVICE_DEFAULTS[self.device].items():
+            if getattr(self, name) == 0:
+                msgspec.structs.force_setattr(self, name, value)
+
+
+_DEVICE_DEFAULTS: dict[Device, dict[str, int]] = {
+    "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512},
+    "cuda": {"max_sequences": 256, "step_tokens": 8192},
+}
 
 
 class DoorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,8 +156,10 @@ def split_parameters(parameters: dict[str, str], model: str) -> tuple[DoorConfig
     return door, engine
 
 
-def engine_config(parameters: dict[str, str], model_folder: Path) -> EngineConfig:
-    """Build the engine's knobs; a relative checkpoint is taken from ``model_folder``.
+def engine_config(
+    parameters: dict[str, str], model_folder: Path, device: Device = "cpu"
+) -> EngineConfig:
+    """Build the engine's knobs; a relative folder is taken from ``model_folder``.
 
     Raises:
         ConfigError: a value missing, of the wrong kind or out of its range.
@@ -121,13 +170,13 @@ def engine_config(parameters: dict[str, str], model_folder: Path) -> EngineConfi
             f"{model}/config.pbtxt: parameter 'checkpoint' is missing; "
             "give the folder of a Hugging Face checkpoint"
         )
-    config = _convert(EngineConfig, parameters, model)
+    config = _convert(EngineConfig, parameters, model, device=device)
     if config.step_tokens < config.max_sequences:
         raise ConfigError(
             f"{model}/config.pbtxt: parameter step_tokens={config.step_tokens} is less than "
             f"max_sequences={config.max_sequences}; every running sequence needs one token a step"
         )
-    if config.cache_tokens < config.page_size:
+    if 0 < config.cache_tokens < config.page_size:
         raise ConfigError(
             f"{model}/config.pbtxt: parameter cache_tokens={config.cache_tokens} is less than one "
             f"page of page_size={config.page_size}"
@@ -135,17 +184,17 @@ def engine_config(parameters: dict[str, str], model_folder: Path) -> EngineConfi
     return msgspec.structs.replace(
         config,
         checkpoint=str(model_folder / config.checkpoint),
-        kernels=str(model_folder / config.kernels) if config.kernels else "",
+        kernels=str(model_folder / config.kernels),
     )
 
 
 def _knobs(kind: type[msgspec.Struct]) -> dict[str, Any]:
     """Names and annotated types of a configuration's knobs."""
-    return {field.name: field.type for field in msgspec.structs.fields(kind)}
+    return {f.name: f.type for f in msgspec.structs.fields(kind) if f.name != "device"}
 
 
-def _convert(kind: type[Config], given: dict[str, str], model: str) -> Config:
-    values: dict[str, Any] = {}
+def _convert(kind: type[Config], given: dict[str, str], model: str, **fixed: str) -> Config:
+    values: dict[str, Any] = dict(fixed)
     for name, type_ in _knobs(kind).items():
         if name in given:
             try:

@@ -28,6 +28,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_k: Annotated[int, Meta(ge=0, le=MAX_INT32)] = 0
     """0 keeps all tokens."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    """Share of the likeliest token's probability that a token needs; 0 keeps all tokens."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
     stop_token_ids: tuple[TokenId, ...] = ()
     """Tokens that end the sequence, beside the checkpoint's own end-of-sequence tokens."""

@@ -48,6 +48,7 @@ TYPES: dict[str, tuple[str, type]] = {
     "temperature": ("FP32", np.float32),
     "top_k": ("INT32", np.int32),
     "top_p": ("FP32", np.float32),
+    "min_p": ("FP32", np.float32),
     "seed": ("UINT64", np.uint64),
     "stop_words": ("BYTES", object),
     "return_finish_reason": ("BOOL", bool),

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fi_runtime.config import ConfigError, engine_config, split_parameters
+from fi_runtime.frontend.engine_link import visible_gpu
 from fi_runtime.frontend.repository import read_engine_config
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
@@ -64,3 +65,37 @@ def test_an_unknown_key_is_refused_and_tritons_own_are_left_alone() -> None:
 def test_an_engines_knob_belongs_to_the_model_that_has_the_engine() -> None:
     with pytest.raises(ConfigError, match="'page_size' is a knob of the engine, which llm/config"):
         split_parameters({"engine": "llm", "page_size": "4"}, "llm_unary")
+
+
+def test_what_depends_on_the_device_is_put_in_where_nothing_was_said() -> None:
+    cpu = engine_config({"checkpoint": "a"}, Path("/m"))
+    gpu = engine_config({"checkpoint": "a"}, Path("/m"), "cuda")
+    assert (cpu.cache_tokens, cpu.max_sequences, cpu.step_tokens) == (65_536, 64, 512)
+    assert (gpu.cache_tokens, gpu.max_sequences, gpu.step_tokens) == (0, 256, 8192)
+    told = engine_config({"checkpoint": "a", "max_sequences": "7"}, Path("/m"), "cuda")
+    assert told.max_sequences == 7
+
+
+def test_the_device_is_the_instance_groups_to_say() -> None:
+    with pytest.raises(ConfigError, match="unknown parameter 'device'"):
+        split_parameters({"device": "cuda"}, "llm")
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpu", "expected"),
+    [(None, 3, "3"), ("2,5", 0, "2"), ("2,5", 1, "5"), ("GPU-a, GPU-b", 1, "GPU-b")],
+)
+def test_an_engine_sees_the_gpu_that_triton_gave_its_front_end(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpu: int, expected: str
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpu(gpu) == {"CUDA_VISIBLE_DEVICES": expected}
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    with pytest.raises(ConfigError, match="gpus: 2: no such GPU; CUDA_VISIBLE_DEVICES=2,5 shows 2"):
+        visible_gpu(2)
+    assert visible_gpu(None) == {}

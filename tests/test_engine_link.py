@@ -19,7 +19,7 @@ def stand_in_for_python(folder: Path, script: str) -> None:
 
 
 def link(name: str, timeout_s: float = 20.0) -> EngineLink:
-    return EngineLink(CONFIG, name, os.getpid(), timeout_s)
+    return EngineLink(CONFIG, name, None, os.getpid(), timeout_s)
 
 
 def test_a_checkpoint_that_is_not_there_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,9 @@
 """The GPU path against its plain-torch meaning and against transformers. Needs a GPU."""
 
+import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +17,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fi_runtime.attention.base import Attention, StepLayout
-from fi_runtime.attention.flashinfer import FlashInferAttention
+from fi_runtime.attention.base import Attention, StepLayout, spare_layout
+from fi_runtime.attention.flashinfer import (
+    FlashInferAttention,
+    GraphDecodeAttention,
+    Limits,
+)
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
-from fi_runtime.config import EngineConfig
+from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine, Generation
 from fi_runtime.engine.decode_graphs import padded_sizes
+from fi_runtime.engine.sampler import choose, draws_of
 from fi_runtime.kernels.activation import silu_and_mul, silu_and_mul_reference
+from fi_runtime.kernels.library import flashinfer
 from fi_runtime.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from fi_runtime.kernels.rotary import rotate, rotate_reference
 from fi_runtime.messages import SamplingParams
@@ -83,7 +91,7 @@ def test_rotate(heads: int, kv_heads: int, head_dim: int) -> None:
     q, k, _ = torch.split(qkv, [heads, kv_heads, kv_heads], dim=1)
     angles = torch.outer(torch.arange(3000.0), torch.rand(head_dim // 2)).cuda()
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
-    positions = torch.randint(0, 3000, (tokens,)).cuda()
+    positions = torch.randint(0, 3000, (tokens,), dtype=torch.int32).cuda()
     expected = rotate_reference(positions, q.float(), k.float(), cos_sin)
     for found, wanted in zip(rotate(positions, q, k, cos_sin), expected, strict=True):
         assert error(found, wanted) < 5e-3
@@ -144,6 +152,9 @@ def compare(
         assert error(found[:tokens], expected) < 1e-2
 
 
+LIMITS = Limits(tokens=16_384, sequences=256, context=10_000)
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (10, 2), (16, 2)])
@@ -152,7 +163,7 @@ def test_attention_is_the_references(
 ) -> None:
     rng = random.Random(heads * head_dim + page_size)
     gpu, wide = caches(CacheShape(2, 32_000 // page_size, page_size, kv_heads, head_dim))
-    attention, reference = FlashInferAttention(gpu, heads), ReferenceAttention(wide)
+    attention, reference = FlashInferAttention(gpu, heads, LIMITS), ReferenceAttention(wide)
     pages = gpu.shape.pages
     for contexts in ([1], [9000, 1, 17], [16, 15, 32, 33, 4097], [1, 2, 3, 700, 128, 64, 65]):
         ones = [1] * len(contexts)
@@ -168,24 +179,19 @@ def test_attention_is_the_references(
 def test_replays_follow_sequences_that_grow_join_and_leave(
     heads: int, kv_heads: int, page_size: int
 ) -> None:
-    """200 replays of one captured call for each padded size, each against the reference."""
+    """200 replays of one captured call, and some for every padded size, against the reference."""
     head_dim, rng = 64, random.Random(page_size)
-    gpu, wide = caches(CacheShape(2, 64_000 // page_size, page_size, kv_heads, head_dim))
-    attention, reference = FlashInferAttention(gpu, heads), ReferenceAttention(wide)
-    for size in (1, 4, 16, 40):
-        graph_attention = attention.for_graph(size)
+    gpu, wide = caches(CacheShape(2, 96_000 // page_size, page_size, kv_heads, head_dim))
+    attention, reference = FlashInferAttention(gpu, heads, LIMITS), ReferenceAttention(wide)
+    for size in padded_sizes(LIMITS.sequences):
         q, k = normal(size, heads, head_dim), normal(size, kv_heads, head_dim)
         v = normal(size, kv_heads, head_dim, seed=3)
-        graph_attention(0, q, k, v)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = graph_attention(0, q, k, v)
-        contexts = [rng.randint(1, 900) for _ in range(size)]
-        for _ in range(200 // 4):
-            contexts = [c + 1 for c in contexts if rng.random() > 0.05][:size] or [1]
+        graph_attention, graph, out = capture(attention, q, k, v)
+        contexts = [rng.randint(1, 60_000 // size) for _ in range(size)]
+        for _ in range(200 if size == 16 else 10):
+            contexts = [c + 1 for c in contexts if rng.random() > 0.05] or [1]
             while len(contexts) < size and rng.random() < 0.4:
-                contexts.append(rng.choice([1, 15, 16, 17, 1000, 1500]))
+                contexts.append(rng.choice([1, 15, 16, 17, min(1500, 60_000 // size)]))
             count = len(contexts)
             layout = make_layout([1] * count, contexts, page_size, rng, gpu.shape.pages)
             # Fresh contents under the page tables of this step, spare page poisoned.
@@ -195,6 +201,172 @@ def test_replays_follow_sequences_that_grow_join_and_leave(
             reference.plan(layout)
             expected = reference(0, q[:count].float(), k[:count].float(), v[:count].float())
             assert error(out[:count], expected) < 1e-2
+
+
+def capture(
+    attention: FlashInferAttention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[GraphDecodeAttention, torch.cuda.CUDAGraph, torch.Tensor]:
+    """Decode of these queries in a graph, and where it puts its output."""
+    graph_attention = attention.for_graph(len(q))
+    graph_attention(0, q, k, v)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = graph_attention(0, q, k, v)
+    return graph_attention, graph, out
+
+
+def test_plans_may_run_ahead_of_the_gpu() -> None:
+    """Steps that are planned while the GPU is far behind read each its own plan."""
+    rng, heads, size = random.Random(1), 16, 16
+    gpu, wide = caches(CacheShape(1, 8000, 16, 4, 128))
+    attention, reference = FlashInferAttention(gpu, heads, LIMITS), ReferenceAttention(wide)
+    q, k, v = (normal(size, count, 128, seed=seed) for seed, count in enumerate((heads, 4, 4)))
+    graph_attention, graph, out = capture(attention, q, k, v)
+    # Each step has pages of its own, so that none overwrites what another reads.
+    contexts = [[rng.choice([1, 100, 700, 900]) for _ in range(size)] for _ in range(6)]
+    whole = make_layout([1] * 6 * size, [*itertools.chain(*contexts)], 16, rng, gpu.shape.pages)
+    layouts = [part_of(whole, step * size, (step + 1) * size) for step in range(6)]
+    busy, found = torch.randn(8192, 8192, device="cuda"), []
+    for layout in layouts:
+        busy = busy @ busy * 1e-4  # some milliseconds, which every plan after it runs ahead of
+        graph_attention.plan(layout)
+        graph.replay()
+        found.append(out.clone())
+    assert not torch.cuda.current_stream().query(), "the host is ahead"
+    for layout, each in zip(layouts, found, strict=True):
+        reference.plan(layout)
+        assert error(each, reference(0, q.float(), k.float(), v.float())) < 1e-2
+
+
+def part_of(layout: StepLayout, first: int, end: int) -> StepLayout:
+    """Some sequences of a step of one token each."""
+    starts = layout.page_starts[first : end + 1]
+    return StepLayout(
+        query_starts=layout.query_starts[: end - first + 1],
+        context_lens=layout.context_lens[first:end],
+        page_starts=starts - starts[0],
+        pages=layout.pages[starts[0] : starts[-1]],
+        slots=layout.slots[first:end],
+    )
+
+
+def test_every_wrapper_runs_fa2_and_another_choice_is_loud(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gpu, _ = caches(CacheShape(1, 64, 16, 2, 128))
+    caplog.set_level("INFO")
+    attention = FlashInferAttention(gpu, 16, LIMITS)
+    attention.for_graph(4)
+    attention.log_what_runs()
+    assert attention.runs == {"decode": "fa2", "prefill": "fa2", "graph decode": "fa2"}
+    assert caplog.records[-1].levelname == "INFO"
+    assert "graph decode runs fa2" in caplog.records[-1].message
+    loud = FlashInferAttention(gpu, 16, LIMITS, "auto")
+    loud.log_what_runs()
+    assert caplog.records[-1].levelname == "WARNING"
+
+
+def test_the_kernels_that_run_are_fa2s() -> None:
+    """As a profile names them: FA3's would be PrefillWithKVCacheKernel."""
+    gpu, _ = caches(CacheShape(1, 640, 16, 2, 128))
+    attention = FlashInferAttention(gpu, 16, LIMITS)
+    q, k, v = (normal(4, count, 128, seed=seed) for seed, count in enumerate((16, 2, 2)))
+    graph_attention, graph, _ = capture(attention, q, k, v)
+
+    def run(layout: StepLayout, graphed: bool) -> set[str]:
+        (graph_attention if graphed else attention).plan(layout)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay() if graphed else attention(0, q, k, v)
+            torch.cuda.synchronize()
+        return {event.key for event in profile.key_averages() if "KVCacheKernel" in event.key}
+
+    decode = spare_layout([1] * 4, 16, [2000] * 4)
+    for layout, graphed in ((decode, True), (decode, False), (spare_layout([4], 16), False)):
+        names = [name for name in run(layout, graphed) if "AppendPaged" not in name]
+        assert names
+        assert all("BatchPrefillWithPagedKVCacheKernel" in name for name in names)
+
+
+def test_a_wrapper_that_would_not_run_fa2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrapper = flashinfer().BatchPrefillWithPagedKVCacheWrapper
+    plan = wrapper.plan
+
+    def stubborn(self: Any, *args: Any, **kwargs: Any) -> None:
+        plan(self, *args, **kwargs)
+        self._backend = "fa3"
+
+    monkeypatch.setattr(wrapper, "plan", stubborn)
+    gpu, _ = caches(CacheShape(1, 64, 16, 2, 128))
+    with pytest.raises(ConfigError, match=r"the prefill wrapper .* would run fa3 although"):
+        FlashInferAttention(gpu, 16, LIMITS)
+
+
+# Sampling
+
+
+KINDS: list[dict[str, float]] = [
+    {"temperature": 0.0},
+    {"temperature": 0.7},
+    {"top_k": 1},
+    {"top_k": 40},
+    {"top_p": 0.9},
+    {"top_p": 1e-6},
+    {"min_p": 0.05},
+    {"temperature": 1.5, "min_p": 0.01, "top_k": 200, "top_p": 0.8},
+]
+
+
+def params_of(index: int, **values: float) -> SamplingParams:
+    return SamplingParams(max_tokens=1, seed=index * 7919, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("vocab", [500, 32_000, 151_936])
+def test_the_same_tokens_are_drawn_as_on_the_cpu(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(160, vocab, generator=generator) * 2.5
+    params = [params_of(i, **KINDS[i % len(KINDS)]) for i in range(len(logits))]
+    draws = draws_of(params, range(len(logits)))
+    ours, reference = choose(logits.cuda(), draws).tolist(), choose(logits, draws).tolist()
+    # The running sums are of float32 here: where one just passes the target, it may be the next.
+    same = sum(a == b for a, b in zip(ours, reference, strict=True))
+    assert same >= len(logits) - 3
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_frequencies_are_the_references(kind: dict[str, float]) -> None:
+    vocab, rows, grid = 3000, 16_384, 1 << 14
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 3
+    draws = draws_of([params_of(0, **kind)] * rows, range(rows))
+    assert draws is not None
+    found = choose(logits.cuda().repeat(rows, 1), draws).bincount(minlength=vocab).cpu()
+    # The reference over uniforms on a fine grid: its distribution.
+    draws[4] = (torch.arange(grid) + 0.5) / grid
+    parts = [choose(logits.repeat(1024, 1), part) for part in draws.split(1024, dim=1)]
+    expected = torch.cat(parts).bincount(minlength=vocab)
+    # Tokens that are expected seldom are counted together.
+    common = expected >= 5
+    seen = torch.cat((found[common], found[~common].sum()[None])).double()
+    wanted = torch.cat((expected[common], expected[~common].sum()[None])).double()
+    assert seen[-1] <= 2 * wanted[-1] + 20
+    # The grid rounds each expectation by up to 1; both sides have as many draws.
+    chi_squared = float(
+        ((seen - wanted).abs() - 1).clamp(min=0)[:-1].square().div(wanted[:-1]).sum()
+    )
+    degrees = len(seen) - 1
+    assert chi_squared <= degrees + 5 * (2 * degrees) ** 0.5
+
+
+def test_no_token_that_is_ruled_out_is_ever_drawn() -> None:
+    """Over uniforms up to the last below 1, where running sums round."""
+    logits = torch.randn(64, 151_936, generator=torch.Generator().manual_seed(5)).cuda()
+    allowed = [set(row.topk(50).indices.tolist()) for row in logits]
+    draws = draws_of([params_of(0, top_k=50)] * 64, range(64))
+    assert draws is not None
+    for uniform in (0.0, 1e-9, 0.5, 1 - 2**-24, 1 - 2**-53):
+        draws[4] = uniform
+        for token, tokens in zip(choose(logits, draws).tolist(), allowed, strict=True):
+            assert token in tokens
 
 
 # The engine
@@ -286,9 +458,75 @@ def test_the_demo_checkpoint_answers_as_on_the_cpu() -> None:
     assert same >= len(prompts) - 1
 
 
-def test_padded_sizes_cover_every_batch() -> None:
-    for most in (1, 3, 8, 64, 100, 256):
-        sizes = padded_sizes(most)
-        assert sizes == sorted(set(sizes))
-        assert sizes[0] == 1
-        assert sizes[-1] == most
+def test_seeded_answers_are_the_same_alone_in_a_batch_and_without_graphs() -> None:
+    prompts = demo_prompts()[:40]
+    params = [SamplingParams(max_tokens=24, temperature=0.8, top_p=0.95, seed=i) for i in range(40)]
+    engine = gpu_engine(DEMO)
+    together = tokens_of(engine.generate(prompts, params))
+    alone = [
+        engine.generate([prompt], own)[0].tokens
+        for prompt, own in zip(prompts, params, strict=True)
+    ]
+    eager = tokens_of(gpu_engine(DEMO, decode_graphs=0).generate(prompts, params))
+    # A batch of another size rounds otherwise, which moves a draw that is on the edge.
+    for others in (alone, eager):
+        assert sum(a == b for a, b in zip(together, others, strict=True)) >= 36
+
+
+# Memory, and what cannot be served
+
+
+def test_the_cache_takes_what_is_left() -> None:
+    total = torch.cuda.mem_get_info()[1]
+    engine = gpu_engine(DEMO, cache_tokens=0, gpu_memory_fraction=0.5)
+    free = torch.cuda.mem_get_info()[0]
+    assert 0.44 < 1 - free / total < 0.53
+    assert engine.pool.free > 1_000_000 / 16
+    with pytest.raises(ConfigError, match=r"cache_tokens=\d+ needs .*; there is memory for \d+"):
+        gpu_engine(DEMO, cache_tokens=1 << 29)
+
+
+def test_more_context_than_fits_is_told_how_much_does() -> None:
+    with pytest.raises(ConfigError, match=r"max_context=2000 is more than .* it holds 1600 tokens"):
+        gpu_engine(DEMO, cache_tokens=1600, max_context=2000)
+
+
+def write_shape(folder: Path, **shape: Any) -> Path:
+    """A checkpoint's config.json, for random weights."""
+    Qwen3Config(architectures=["Qwen3ForCausalLM"], **shape).save_pretrained(folder)
+    return folder
+
+
+def test_a_head_size_without_kernels_is_refused(tmp_path: Path) -> None:
+    folder = write_shape(tmp_path, hidden_size=96, num_attention_heads=1, head_dim=96)
+    with pytest.raises(ConfigError, match="head_dim=96: FlashInfer's FA2 kernels are for 64, 128"):
+        gpu_engine(folder)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = write_shape(tmp_path, hidden_size=32_768, num_attention_heads=256, head_dim=128)
+    with pytest.raises(ConfigError, match=r"weights take \d+\.\d GB in bfloat16; .* are free"):
+        gpu_engine(folder, load_format="dummy")
+
+
+def test_float32_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"dtype=float32: .* float16 and bfloat16"):
+        gpu_engine(DEMO, dtype="float32")
+
+
+def test_dummy_weights_are_made_on_the_device_and_run(tmp_path: Path) -> None:
+    folder = write_shape(
+        tmp_path,
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_hidden_layers=2,
+        max_position_embeddings=2048,
+    )
+    engine = gpu_engine(folder, load_format="dummy")
+    params = SamplingParams(max_tokens=8, temperature=0.0, seed=0, ignore_eos=True)
+    results = engine.generate([[1, 2, 3]] * 3, params)
+    assert [len(result.tokens) for result in results] == [8] * 3
+    assert len({tuple(result.tokens) for result in results}) == 1

@@ -7,7 +7,7 @@ import torch
 
 from fi_runtime.config import ConfigError
 from fi_runtime.kernels import prebuild
-from fi_runtime.kernels.library import use_prebuilt
+from fi_runtime.kernels.library import prebuilt_manifest, use_prebuilt
 
 
 def test_all_that_is_missing_is_named_at_once(
@@ -19,7 +19,7 @@ def test_all_that_is_missing_is_named_at_once(
     monkeypatch.setattr(prebuild.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(ConfigError) as caught:
-        prebuild.prebuild(128, torch.bfloat16, "9.0a", tmp_path / "out", lambda *_: None)
+        prebuild.prebuild(128, torch.bfloat16, ["fa2"], "9.0a", tmp_path / "out", lambda *_: None)
     for word in ("nvcc", "ninja", "c++", "cublasLt.h (pip install nvidia-cublas)", "curand.h"):
         assert word in str(caught.value)
 
@@ -27,3 +27,16 @@ def test_all_that_is_missing_is_named_at_once(
 def test_a_folder_without_kernels_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no prebuilt kernels; fill it with"):
         use_prebuilt(tmp_path)
+
+
+def test_kernels_for_something_else_are_not_mixed_in(tmp_path: Path) -> None:
+    (tmp_path / "norm").mkdir()
+    (tmp_path / "norm" / "norm.so").touch()
+    with pytest.raises(ConfigError, match=r"holds kernels and no prebuilt\.json"):
+        prebuild.claim(tmp_path, {"arch": "9.0a", "flashinfer": "0.6.18"})
+    (tmp_path / "norm" / "norm.so").unlink()
+    prebuild.claim(tmp_path, {"arch": "9.0a", "flashinfer": "0.6.18"})
+    prebuild.claim(tmp_path, {"arch": "9.0a", "flashinfer": "0.6.18"})
+    assert prebuilt_manifest(tmp_path) == {"arch": "9.0a", "flashinfer": "0.6.18"}
+    with pytest.raises(ConfigError, match=r"'arch': '9\.0a'.* not for .*'arch': '8\.0'"):
+        prebuild.claim(tmp_path, {"arch": "8.0", "flashinfer": "0.6.18"})

@@ -120,6 +120,7 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ({"text_input": "a", "temperature": float("inf")}, ["temperature=inf", "finite"]),
         ({"text_input": "a", "top_p": 0.0}, ["top_p=0.0", "> 0"]),
         ({"text_input": "a", "top_p": 1.5}, ["top_p=1.5", "<= 1"]),
+        ({"text_input": "a", "min_p": 1.5}, ["min_p=1.5", "<= 1"]),
         ({"text_input": "a", "top_k": -2}, ["top_k=-2", ">= -1"]),
         ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, ["tempo", "known are"]),
         ({"text_input": "a", "sampling_parameters": "[1]"}, ["sampling_parameters", "JSON object"]),
@@ -154,7 +155,9 @@ def test_a_batch_in_one_request_is_refused() -> None:
         parse_request({"text_input": two}, {}, BYTES, INFO)
 
 
-@pytest.mark.parametrize("given", ['{"n": 2}', '{"min_p": 0.1}', '{"logit_bias": {"5": 1}}'])
+@pytest.mark.parametrize(
+    "given", ['{"n": 2}', '{"presence_penalty": 0.1}', '{"logit_bias": {"5": 1}}']
+)
 def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
     code, message = refused(text_input="a", sampling_parameters=given)
     assert code == "UNSUPPORTED"
@@ -186,7 +189,7 @@ def test_the_cumulative_logprob_needs_the_engines_but_reports_none() -> None:
     "given",
     [
         "{}",
-        '{"n": 1, "min_p": 0.0, "presence_penalty": "0"}',
+        '{"n": 1, "presence_penalty": "0"}',
         '{"n": "1", "repetition_penalty": "1.0", "skip_special_tokens": "true"}',
         '{"guided_decoding": null, "logit_bias": {}, "bad_words": []}',
     ],

@@ -1,10 +1,12 @@
 """Sampled frequencies against exact distributions, and what a seed promises."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
 
-from fi_runtime.engine.sampler import logprobs, sample, uniforms
+from fi_runtime.engine.sampler import choose, draws_of, logprobs, uniforms
 from fi_runtime.messages import SamplingParams
 
 VOCAB = 12
@@ -18,11 +20,18 @@ def params(seed: int = 5, **values: float) -> SamplingParams:
     return SamplingParams(max_tokens=1, seed=seed, **values)  # type: ignore[arg-type]
 
 
-def exact(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.ndarray:
+def sample(logits: torch.Tensor, rows: list[SamplingParams], indices: Sequence[int]) -> list[int]:
+    return choose(logits, draws_of(rows, indices)).tolist()
+
+
+def exact(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
+) -> np.ndarray:
     """The distribution by its definition, written with sets and loops."""
     weights = np.exp(LOGITS.double().numpy() / temperature)
     weights /= weights.sum()
     order = sorted(range(VOCAB), key=lambda token: -weights[token])
+    order = [token for token in order if weights[token] >= min_p * weights.max()]
     kept = order[: top_k or VOCAB]
     total = sum(weights[token] for token in kept)
     nucleus, mass = [], 0.0
@@ -48,7 +57,10 @@ def exact(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> np.nd
         {"top_p": 0.3},
         {"top_p": 0.9},
         {"top_p": 1e-9},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
         {"top_k": 5, "top_p": 0.7, "temperature": 1.7},
+        {"min_p": 0.1, "top_k": 8, "top_p": 0.9, "temperature": 1.3},
     ],
 )
 def test_frequencies_follow_the_exact_distribution(knobs: dict[str, float]) -> None:
@@ -73,6 +85,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
         {"top_p": 0.8},
         {"temperature": 1e-4},
         {"top_k": 30, "top_p": 0.5},
+        {"min_p": 0.1},
     ]
     rows = [params(seed=i * 1_000_003, **kinds[i % len(kinds)]) for i in range(40)]
     together = sample(logits, rows, range(40))
@@ -90,7 +103,7 @@ def test_zero_and_tiny_temperature_choose_the_likeliest() -> None:
 def test_uniforms_are_uniform_and_differ_by_seed_and_index() -> None:
     seeds = np.repeat(np.arange(100, dtype=np.uint64), 100)
     indices = np.tile(np.arange(100, dtype=np.uint64), 100)
-    numbers = uniforms(seeds, indices).numpy()
+    numbers = uniforms(seeds, indices)
     assert len(set(numbers)) == len(numbers)
     assert numbers.min() >= 0
     assert numbers.max() < 1

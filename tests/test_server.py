@@ -356,9 +356,9 @@ def test_generate_takes_knobs_that_are_no_input_as_parameters(
         200,
         "stop at a token" + byte_tokenizer().decode(tokens),
     )
-    status, answer = generate(server, UNARY, **body, min_p=0.5)
+    status, answer = generate(server, UNARY, **body, presence_penalty=0.5)
     assert status == 400
-    assert "min_p=0.5 is not supported" in answer["error"]
+    assert "presence_penalty=0.5 is not supported" in answer["error"]
 
 
 def count(server: TritonServer, **given: Any) -> int:
@@ -383,7 +383,7 @@ def test_what_leaves_one_token_to_choose_is_greedy(
     server: TritonServer, reference: Reference
 ) -> None:
     expected = reference.text("narrow", TOKENS)
-    for knobs in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-4}):
+    for knobs in ({"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         assert ask_grpc(server, text_input="narrow", max_tokens=TOKENS, **knobs) == expected, knobs
     assert ask_grpc(server, text_input="narrow", max_tokens=TOKENS) != expected
 

@@ -1,11 +1,14 @@
 """The interface between a model's layers and the paged cache."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from fi_runtime.cache.pages import SPARE_PAGE
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -52,3 +55,28 @@ class Attention(Protocol):
         Returns:
             (tokens, heads, head_dim).
         """
+
+
+def spare_layout(
+    counts: Sequence[int], page_size: int, contexts: Sequence[int] | None = None
+) -> StepLayout:
+    """A step to try things with: every page of every sequence is the spare one.
+
+    Args:
+        counts: tokens of each sequence that the step computes.
+        page_size: tokens in a page.
+        contexts: of each sequence; default: no more than its counts.
+    """
+    contexts = counts if contexts is None else contexts
+    pages = [-(-context // page_size) for context in contexts]
+    return StepLayout(
+        query_starts=_starts(counts),
+        context_lens=np.array(contexts, dtype=np.int32),
+        page_starts=_starts(pages),
+        pages=np.full(sum(pages), SPARE_PAGE, dtype=np.int32),
+        slots=np.zeros(sum(counts), dtype=np.int64),
+    )
+
+
+def _starts(counts: Sequence[int]) -> Int32s:
+    return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

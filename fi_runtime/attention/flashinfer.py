@@ -6,76 +6,110 @@ checked when the engine starts, since what it was told lies in a private attribu
 """
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fi_runtime.attention.base import Int32s, StepLayout
+from fi_runtime.attention.base import Int32s, StepLayout, spare_layout
+from fi_runtime.attention.workspace import Workspace, partial_bytes, plan_bytes
 from fi_runtime.cache.kv_cache import KVCache
 from fi_runtime.cache.pages import SPARE_PAGE
 from fi_runtime.config import Backend, ConfigError
 from fi_runtime.kernels.library import flashinfer
+from fi_runtime.upload import upload
 
 log = logging.getLogger(__name__)
 
-WORKSPACE_BYTES = 256 << 20
-"""for the partial results of split contexts; shared, since one wrapper runs at a time"""
+HEAD_DIMS = (64, 128, 256)
+"""elements of a head that FA2's kernels and the paged append are made for"""
 TENSOR_CORE_RATIO = 4
 """query heads for each key/value head from which decode is faster on tensor cores"""
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Refuse heads that there are no kernels for.
+
+    Raises:
+        ConfigError: says what was found and what is possible.
+    """
+    if head_dim not in HEAD_DIMS:
+        raise ConfigError(
+            f"head_dim={head_dim}: FlashInfer's FA2 kernels are for "
+            f"{', '.join(map(str, HEAD_DIMS))}; such a model runs on the CPU only (KIND_CPU)"
+        )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest step that attention is prepared for."""
+
+    tokens: int
+    sequences: int
+    context: int
+    """tokens of one sequence"""
 
 
 class FlashInferAttention:
     """Prefill, or a mix with decode, by one wrapper; decode alone by another.
 
+    Args:
+        cache: on the GPU.
+        heads: query heads.
+        limits: what the workspace is made for.
+        backend: what every wrapper is told to run.
+
     Raises:
-        ConfigError: a wrapper would run something else than it was told.
+        ConfigError: a wrapper would run something else than it was told, or needs a larger
+            workspace than it has.
     """
 
-    def __init__(self, cache: KVCache, heads: int, backend: Backend = "fa2") -> None:
+    def __init__(
+        self, cache: KVCache, heads: int, limits: Limits, backend: Backend = "fa2"
+    ) -> None:
+        shape, device = cache.shape, cache.data.device
+        check_head_dim(shape.head_dim)
+        self.runs: dict[str, str] = {}
+        """what each kind of wrapper really runs: fa2, fa3, or cuda-core"""
+        self._append = _Append(cache)
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        workspace = Workspace(
+            partial_bytes(heads, shape.kv_heads, shape.head_dim, limits.sequences, processors),
+            plan_bytes(heads, shape.kv_heads, limits.tokens, limits.sequences),
+            device,
+        )
+        tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
+        self._common = _Common(cache, heads, workspace, tensor_cores, backend)
+        # Decode graphs share it: all pages there are, and those of padding.
+        self._graph_pages = torch.zeros(
+            shape.pages + limits.sequences, dtype=torch.int32, device=device
+        )
         library = flashinfer()
-        self._cache = cache
-        self._heads = heads
-        self._backend = backend
-        device = cache.data.device
-        self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        # Decode graphs share it; only the pages that a step reads are written.
-        self._graph_pages = torch.zeros(cache.shape.pages * 2, dtype=torch.int32, device=device)
-        self._tensor_cores = heads // cache.shape.kv_heads >= TENSOR_CORE_RATIO
-        self._prefill = library.BatchPrefillWithPagedKVCacheWrapper(
-            self._workspace, "NHD", backend=backend
+        self._decode = _Wrapper(
+            self._common,
+            library.BatchDecodeWithPagedKVCacheWrapper(
+                workspace.partial, "NHD", use_tensor_cores=tensor_cores, backend=backend
+            ),
         )
-        self._decode = library.BatchDecodeWithPagedKVCacheWrapper(
-            self._workspace, "NHD", use_tensor_cores=self._tensor_cores, backend=backend
+        self._prefill = _Wrapper(
+            self._common,
+            library.BatchPrefillWithPagedKVCacheWrapper(workspace.partial, "NHD", backend=backend),
+            prefill=True,
         )
-        self._step = _Step(self._decode, cache)
-        self._check_wrappers()
+        self._planned = self._decode
+        self._check(limits)
 
     def plan(self, layout: StepLayout) -> None:
         decoding = bool((np.diff(layout.query_starts) == 1).all())
-        self._step = _Step(self._decode if decoding else self._prefill, self._cache)
-        self._step.locate(layout)
-        if decoding:
-            _plan_decode(self._decode, layout, self._cache, self._heads)
-        else:
-            self._prefill.plan(
-                torch.from_numpy(layout.query_starts),
-                torch.from_numpy(layout.page_starts),
-                torch.from_numpy(layout.pages),
-                torch.from_numpy(_last_page_lens(layout, self._cache)),
-                self._heads,
-                self._cache.shape.kv_heads,
-                self._cache.shape.head_dim,
-                self._cache.shape.page_size,
-                causal=True,
-                q_data_type=self._cache.data.dtype,
-                kv_data_type=self._cache.data.dtype,
-            )
+        self._planned = self._decode if decoding else self._prefill
+        self._planned.plan(layout, self._append.locate(layout))
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        return self._step(layer, q, k, v)
+        self._append(layer, k, v)
+        return self._planned.run(layer, q)
 
     def for_graph(self, sequences: int) -> "GraphDecodeAttention":
         """Decode of exactly so many sequences, to be captured in a CUDA graph.
@@ -83,180 +117,207 @@ class FlashInferAttention:
         Raises:
             ConfigError: its wrapper would run something else than it was told.
         """
-        attention = GraphDecodeAttention(
-            self._cache,
-            self._heads,
-            sequences,
-            self._tensor_cores,
-            self._workspace,
-            self._graph_pages,
-            self._backend,
-        )
-        attention.plan(_empty_layout(1, self._cache))
-        self._check(f"CUDA-graph decode of {sequences}", attention.wrapper)
+        attention = GraphDecodeAttention(self._common, self._graph_pages, sequences)
+        self.runs["graph decode"] = attention.runs
         return attention
 
-    def _check_wrappers(self) -> None:
-        self.plan(_empty_layout(1, self._cache))
-        decode = self._check("decode", self._decode)
-        self.plan(_empty_layout(2, self._cache))
-        prefill = self._check("prefill", self._prefill)
-        told = log.info if self._backend == "fa2" else log.warning
+    def log_what_runs(self) -> None:
+        """One line; loud where it is not what is meant to be used."""
+        told = log.info if self._common.backend == "fa2" else log.warning
         told(
-            "attention: FlashInfer %s, prefill runs %s, decode runs %s on %s cores",
+            "attention: FlashInfer %s, %s, decode on %s cores",
             flashinfer().__version__,
-            prefill,
-            decode,
-            "tensor" if self._tensor_cores else "CUDA",
+            ", ".join(f"{name} runs {runs}" for name, runs in sorted(self.runs.items())),
+            "tensor" if self._common.tensor_cores else "CUDA",
         )
 
-    def _check(self, name: str, wrapper: Any) -> str:
-        """What a planned wrapper runs; refuses anything but FA2 where FA2 was asked for."""
-        runs = getattr(wrapper, "_backend", "unknown")
-        if self._backend == "fa2" and runs != "fa2":
-            raise ConfigError(
-                f"attention: the {name} wrapper of FlashInfer {flashinfer().__version__} would run "
-                f"{runs} although it was told fa2; install the version of requirements.lock"
-            )
-        return str(runs)
+    def _check(self, limits: Limits) -> None:
+        """Plan both wrappers: what they run is known then."""
+        page_size = self._common.cache.shape.page_size
+        self.plan(spare_layout([1], page_size))
+        self.runs["decode"] = self._decode.check_backend("decode")
+        self.plan(spare_layout([2], page_size))
+        self.runs["prefill"] = self._prefill.check_backend("prefill")
+        for tokens in {min(count, limits.tokens, limits.context) for count in (16, 256, 1 << 20)}:
+            longest = spare_layout([tokens], page_size, [limits.context])
+            self._prefill.check_workspace(f"prefill of {tokens} tokens", longest)
 
 
 class GraphDecodeAttention:
     """Decode of a fixed number of sequences from buffers that never move.
 
     Fewer may be planned: the rest are padding, of one token each in the spare page.
+
+    Args:
+        pages: (as many as a step lists at most,) int32, where page numbers are put.
+        sequences: of each step.
     """
 
-    def __init__(
-        self,
-        cache: KVCache,
-        heads: int,
-        sequences: int,
-        tensor_cores: bool,
-        workspace: torch.Tensor,
-        pages: torch.Tensor,
-        backend: Backend,
-    ) -> None:
-        self._cache = cache
-        self._heads = heads
+    def __init__(self, common: "_Common", pages: torch.Tensor, sequences: int) -> None:
         self._sequences = sequences
-        device = cache.data.device
-        self.wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
-            workspace,
-            torch.zeros(sequences + 1, dtype=torch.int32, device=device),
+        starts = torch.zeros(sequences + 1, dtype=torch.int32, device=pages.device)
+        last = torch.ones(sequences, dtype=torch.int32, device=pages.device)
+        wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+            common.workspace.partial,
+            starts,
             pages,
-            torch.ones(sequences, dtype=torch.int32, device=device),
+            last,
             "NHD",
-            use_tensor_cores=tensor_cores,
+            use_tensor_cores=common.tensor_cores,
         )
         # Its constructor takes no backend; what it would choose itself is what this is about.
-        self.wrapper._backend = backend
-        self._step = _Step(self.wrapper, cache)
-        self._step.hold(sequences, pages)
+        wrapper._backend = common.backend
+        self._wrapper = _Wrapper(common, wrapper)
+        self._append = _Append(common.cache)
+        self._append.rows = torch.arange(sequences, dtype=torch.int32, device=pages.device)
+        self._append.positions = torch.zeros(sequences, dtype=torch.int32, device=pages.device)
+        # The wrapper's plan fills these.
+        self._append.page_starts, self._append.pages, self._append.last = starts, pages, last
+        layout = spare_layout([1], common.cache.shape.page_size)
+        self.plan(layout)
+        self.runs = self._wrapper.check_backend("graph decode")
+        padded = _pad(layout, sequences)
+        self._wrapper.check_workspace(f"graph decode of {sequences} sequences", padded)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """(sequences,) int32: each one's, as last planned; 0 for padding. Never moves."""
+        return self._append.positions
 
     def plan(self, layout: StepLayout) -> None:
         """Also before each replay: a replay with a stale plan reads the wrong keys."""
         padded = _pad(layout, self._sequences)
-        self._step.locate(padded)
-        _plan_decode(self.wrapper, padded, self._cache, self._heads)
+        device = self._append.positions.device
+        both = upload(np.concatenate((padded.context_lens - 1, padded.pages)), device)
+        self._append.positions.copy_(both[: self._sequences])
+        self._wrapper.plan(padded, both[self._sequences :])
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
-        return self._step(layer, q, k, v)
+        self._append(layer, k, v)
+        return self._wrapper.run(layer, q)
 
 
-class _Step:
-    """Where a step's keys and values go, and the wrapper that reads them."""
+@dataclass(frozen=True)
+class _Common:
+    """What all wrappers of an engine share."""
 
-    def __init__(self, wrapper: Any, cache: KVCache) -> None:
+    cache: KVCache
+    heads: int
+    workspace: Workspace
+    tensor_cores: bool
+    """of decode"""
+    backend: Backend
+
+
+class _Wrapper:
+    """One wrapper of FlashInfer's, planned in the shared workspace."""
+
+    def __init__(self, common: _Common, wrapper: Any, prefill: bool = False) -> None:
+        self._common = common
         self._wrapper = wrapper
+        self._prefill = prefill
+        common.workspace.share_with(wrapper)
+
+    def plan(self, layout: StepLayout, pages: torch.Tensor) -> None:
+        """``pages``: the layout's, on the device; a copy from the host would be waited for."""
+        arguments, options = self._arguments(layout, pages)
+        with self._common.workspace.staged(self._wrapper):
+            self._wrapper.plan(*arguments, **options)
+
+    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._wrapper.run(q, self._common.cache.layer(layer))
+        return out
+
+    def check_backend(self, name: str) -> str:
+        """What it runs, once planned.
+
+        Raises:
+            ConfigError: something else than FA2, where FA2 was asked for.
+        """
+        if not (self._prefill or self._common.tensor_cores):
+            return "cuda-core"  # a kernel of its own, whatever the backend
+        runs = str(getattr(self._wrapper, "_backend", "unknown"))
+        if self._common.backend == "fa2" and runs != "fa2":
+            raise ConfigError(
+                f"attention: the {name} wrapper of FlashInfer {flashinfer().__version__} would run "
+                f"{runs} although it was told fa2; install the version of requirements.lock"
+            )
+        return runs
+
+    def check_workspace(self, what: str, layout: StepLayout) -> None:
+        """Ask what a step needs; older FlashInfers cannot tell before it is planned.
+
+        Raises:
+            ConfigError: more than the workspace has.
+        """
+        if hasattr(self._wrapper, "workspace_size"):
+            arguments, options = self._arguments(layout, torch.from_numpy(layout.pages))
+            needed = self._wrapper.workspace_size(*arguments, **options)
+            self._common.workspace.check(what, needed)
+
+    def _arguments(
+        self, layout: StepLayout, pages: torch.Tensor
+    ) -> tuple[list[Any], dict[str, Any]]:
+        shape, dtype = self._common.cache.shape, self._common.cache.data.dtype
+        arguments = [
+            torch.from_numpy(layout.page_starts),
+            pages,
+            torch.from_numpy(_last_page_lens(layout, shape.page_size)),
+            self._common.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.page_size,
+        ]
+        options: dict[str, Any] = {"q_data_type": dtype, "kv_data_type": dtype}
+        if self._prefill:
+            arguments.insert(0, torch.from_numpy(layout.query_starts))
+            options["causal"] = True
+        return arguments, options
+
+
+class _Append:
+    """Writes a step's keys and values to the cache. All but the cache: int32, on the device."""
+
+    def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._held: dict[str, torch.Tensor] = {}
-        self._at: dict[str, torch.Tensor] = {}
+        empty = torch.empty(0, dtype=torch.int32, device=cache.data.device)
+        self.rows = self.positions = self.page_starts = self.pages = self.last = empty
 
-    def hold(self, sequences: int, pages: torch.Tensor) -> None:
-        """Keep everything in buffers that never move, for so many sequences of one token."""
-        sizes = {"row": sequences, "position": sequences, "start": sequences + 1, "last": sequences}
-        self._held = {
-            name: torch.zeros(size, dtype=torch.int32, device=pages.device)
-            for name, size in sizes.items()
-        }
-        self._held["page"] = pages
-
-    def locate(self, layout: StepLayout) -> None:
+    def locate(self, layout: StepLayout) -> torch.Tensor:
+        """Take the places of a step's tokens; the layout's pages, on the device."""
         counts = np.diff(layout.query_starts)
-        first = layout.context_lens - counts
-        positions = np.arange(layout.query_starts[-1]) + np.repeat(
-            first - layout.query_starts[:-1], counts
+        rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        before = layout.context_lens - layout.query_starts[1:]
+        positions = np.arange(layout.query_starts[-1], dtype=np.int32) + before[rows]
+        last = _last_page_lens(layout, self._cache.shape.page_size)
+        parts = (rows, positions, layout.page_starts, last, layout.pages)
+        # One copy for all.
+        there = upload(np.concatenate(parts), self._cache.data.device)
+        self.rows, self.positions, self.page_starts, self.last, self.pages = torch.split(
+            there, [len(part) for part in parts]
         )
-        rows = np.repeat(np.arange(len(counts)), counts)
-        arrays = {
-            "row": rows.astype(np.int32),
-            "position": positions.astype(np.int32),
-            "start": layout.page_starts,
-            "last": _last_page_lens(layout, self._cache),
-            "page": layout.pages,
-        }
-        device = self._cache.data.device
-        for name, array in arrays.items():
-            host = torch.from_numpy(array)
-            if self._held:
-                self._held[name][: len(array)].copy_(host)
-            else:
-                self._at[name] = host.to(device)
-        if self._held:
-            self._at = self._held
+        return self.pages
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        paged = self._cache.layer(layer)
+    def __call__(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         flashinfer().page.append_paged_kv_cache(
             k,
             v,
-            self._at["row"],
-            self._at["position"],
-            paged,
-            self._at["page"],
-            self._at["start"],
-            self._at["last"],
+            self.rows,
+            self.positions,
+            self._cache.layer(layer),
+            self.pages,
+            self.page_starts,
+            self.last,
             "NHD",
         )
-        out: torch.Tensor = self._wrapper.run(q, paged)
-        return out
 
 
-def _plan_decode(wrapper: Any, layout: StepLayout, cache: KVCache, heads: int) -> None:
-    wrapper.plan(
-        torch.from_numpy(layout.page_starts),
-        torch.from_numpy(layout.pages),
-        torch.from_numpy(_last_page_lens(layout, cache)),
-        heads,
-        cache.shape.kv_heads,
-        cache.shape.head_dim,
-        cache.shape.page_size,
-        q_data_type=cache.data.dtype,
-        kv_data_type=cache.data.dtype,
-    )
-
-
-def _last_page_lens(layout: StepLayout, cache: KVCache) -> Int32s:
+def _last_page_lens(layout: StepLayout, page_size: int) -> Int32s:
     """Tokens in each sequence's last page, 1 to page_size."""
-    lengths: Int32s = (layout.context_lens - 1) % cache.shape.page_size + 1
+    lengths: Int32s = (layout.context_lens - 1) % page_size + 1
     return lengths.astype(np.int32)
-
-
-def _empty_layout(tokens: int, cache: KVCache) -> StepLayout:
-    """One sequence, all its pages the spare one."""
-    pages = -(-tokens // cache.shape.page_size)
-    return StepLayout(
-        query_starts=np.array([0, tokens], dtype=np.int32),
-        context_lens=np.array([tokens], dtype=np.int32),
-        page_starts=np.array([0, pages], dtype=np.int32),
-        pages=np.full(pages, SPARE_PAGE, dtype=np.int32),
-        slots=np.zeros(tokens, dtype=np.int64),
-    )
 
 
 def _pad(layout: StepLayout, sequences: int) -> StepLayout:

@@ -3,73 +3,126 @@
 import bisect
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAttention
+from fi_runtime.kernels.sampling import Draws, choose
 from fi_runtime.models import Decoder
+from fi_runtime.upload import upload
 
 log = logging.getLogger(__name__)
 
+PROGRESS_S = 2.0
+"""seconds between words about a capture that takes long"""
+
 
 class _Graph:
-    """A decode step of so many sequences, captured from tokens to logits."""
+    """A decode step of so many sequences, captured from tokens to chosen tokens.
+
+    In two graphs: the forward pass, with the likeliest tokens; and drawing, for steps that draw.
+    """
 
     def __init__(
-        self, model: Decoder, attention: GraphDecodeAttention, sequences: int, pool: Any
+        self, model: Decoder, attention: GraphDecodeAttention, logits: torch.Tensor, pool: Any
     ) -> None:
-        device = model.embedding.device
+        sequences, device = len(logits), logits.device
+        self._model = model
         self._attention = attention
+        self._logits = logits
+        self._pool = pool
         self._tokens = torch.zeros(sequences, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(sequences, dtype=torch.int64, device=device)
-        self._graph = torch.cuda.CUDAGraph()
+        # The rows of Draws. What padding is drawn with does not matter.
+        self._draws = torch.zeros((len(Draws._fields), sequences), device=device)
+        self._forward, self._likeliest = self._capture(self._compute)
+        self._forward.replay()  # logits to try the drawing with
+        self._draw, self._drawn = self._capture(lambda: choose(logits, Draws(*self._draws)))
+
+    def _capture(
+        self, compute: Callable[[], torch.Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         # Once outside, so that kernels are loaded and libraries have their workspaces.
-        self._compute(model)
+        compute()
         torch.cuda.synchronize()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self._logits = self._compute(model)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = compute()
+        return graph, result
 
-    def _compute(self, model: Decoder) -> torch.Tensor:
-        return model.logits(model(self._tokens, self._positions, self._attention))
+    def _compute(self) -> torch.Tensor:
+        hidden = self._model(self._tokens, self._attention.positions, self._attention)
+        self._logits.copy_(self._model.head(hidden))
+        return self._logits.argmax(dim=-1)
 
-    def run(self, layout: StepLayout, tokens: Int64s, positions: Int64s) -> torch.Tensor:
+    def run(
+        self, layout: StepLayout, tokens: Int64s, draws: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         count = len(tokens)
-        self._tokens[:count].copy_(torch.from_numpy(tokens))
-        self._positions[:count].copy_(torch.from_numpy(positions))
-        self._positions[count:] = 0  # padding must not index what a longer step left
+        self._tokens[:count].copy_(upload(tokens, self._tokens.device))
         self._attention.plan(layout)
-        self._graph.replay()
-        return self._logits[:count]
+        self._forward.replay()
+        chosen = self._likeliest
+        if draws is not None:
+            self._draws[:, :count].copy_(upload(draws.float(), self._draws.device))
+            self._draw.replay()
+            chosen = self._drawn
+        return self._logits[:count], chosen[:count]
 
 
 class DecodeGraphs:
-    """Replays decode steps of up to ``max_sequences`` sequences."""
+    """Replays decode steps of up to the largest of ``sizes`` sequences.
 
-    def __init__(self, model: Decoder, attention: FlashInferAttention, max_sequences: int) -> None:
-        self.sizes = padded_sizes(max_sequences)
+    Args:
+        sizes: numbers of sequences to capture, rising; a step is padded to the next.
+    """
+
+    def __init__(self, model: Decoder, attention: FlashInferAttention, sizes: list[int]) -> None:
+        self._sizes = sizes
         self._graphs: dict[int, _Graph] = {}
-        begin, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
+        self.nbytes: dict[int, int] = {}
+        """of the device's memory, that each size took beyond the larger ones"""
+        begin = told = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
+        # Of all of them, since they are the largest by far and one step runs at a time.
+        logits = torch.empty((sizes[-1], len(model.head.weight)), device=model.embedding.device)
         with torch.inference_mode():
             # The largest first: the smaller ones then fit the memory that it has taken.
-            for size in reversed(self.sizes):
-                self._graphs[size] = _Graph(model, attention.for_graph(size), size, pool)
+            for done, size in enumerate(reversed(sizes)):
+                if time.perf_counter() - told > PROGRESS_S:
+                    told = time.perf_counter()
+                    log.info("capturing decode graphs: %d of %d", done, len(sizes))
+                free = torch.cuda.mem_get_info()[0]
+                self._graphs[size] = _Graph(model, attention.for_graph(size), logits[:size], pool)
+                self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
         log.info(
             "captured decode graphs of %s sequences in %.1f s, %.0f MB",
-            ", ".join(map(str, self.sizes)),
+            ", ".join(map(str, sizes)),
             time.perf_counter() - begin,
-            (free - torch.cuda.mem_get_info()[0]) / 1e6,
+            sum(self.nbytes.values()) / 1e6,
         )
 
     def fits(self, sequences: int) -> bool:
-        return sequences <= self.sizes[-1]
+        return sequences <= self._sizes[-1]
 
-    def run(self, layout: StepLayout, tokens: Int64s, positions: Int64s) -> torch.Tensor:
-        """The logits after one token of each sequence: (sequences, vocab), until the next run."""
-        size = self.sizes[bisect.bisect_left(self.sizes, len(tokens))]
-        return self._graphs[size].run(layout, tokens, positions)
+    def run(
+        self, layout: StepLayout, tokens: Int64s, draws: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One token of each sequence.
+
+        Args:
+            layout: of the step.
+            tokens: (sequences,).
+            draws: (5, sequences) as ``Draws``, or None where all are greedy.
+
+        Returns:
+            The logits after it, (sequences, vocab), and the tokens chosen, (sequences,); both are
+            overwritten by the next run.
+        """
+        size = self._sizes[bisect.bisect_left(self._sizes, len(tokens))]
+        return self._graphs[size].run(layout, tokens, draws)
 
 
 def padded_sizes(max_sequences: int) -> list[int]:

@@ -11,6 +11,7 @@ from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.sequence import Chunk
 from fi_runtime.messages import TokenLogprob
 from fi_runtime.models import Decoder
+from fi_runtime.upload import upload
 
 
 @dataclass(frozen=True)
@@ -40,38 +41,38 @@ class Runner:
     def run(self, chunks: list[Chunk]) -> list[Sampled]:
         """Compute the chunks; one result for each that completes its sequence, in their order."""
         layout, tokens, positions = self._lay_out(chunks)
-        decoding = len(tokens) == len(chunks) and all(chunk.completes for chunk in chunks)
-        if decoding and self._graphs is not None and self._graphs.fits(len(chunks)):
-            return self._choose(chunks, self._graphs.run(layout, tokens, positions))
-        self._attention.plan(layout)
-        hidden = self._model(
-            torch.from_numpy(tokens).to(self._device),
-            torch.from_numpy(positions).to(self._device),
-            self._attention,
-        )
-        last_rows = [
-            int(end) - 1
-            for chunk, end in zip(chunks, layout.query_starts[1:], strict=True)
-            if chunk.completes
-        ]
-        if not last_rows:
-            return []
-        return self._choose(chunks, self._model.logits(hidden[last_rows]))
-
-    def _choose(self, chunks: list[Chunk], logits: torch.Tensor) -> list[Sampled]:
-        """One token for each chunk that completes its sequence; ``logits`` has their rows."""
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
         params = [sequence.params for sequence in sequences]
-        chosen = sampler.sample(logits, params, [s.num_generated for s in sequences])
-        return [
-            Sampled(token, logprobs)
-            for token, logprobs in zip(
-                chosen, sampler.logprobs(logits, chosen, params), strict=True
-            )
-        ]
+        draws = sampler.draws_of(params, [sequence.num_generated for sequence in sequences])
+        decoding = len(tokens) == len(chunks) == len(sequences)
+        if decoding and self._graphs is not None and self._graphs.fits(len(chunks)):
+            logits, chosen = self._graphs.run(layout, tokens, draws)
+        else:
+            hidden = self._forward(layout, tokens, positions)
+            if not sequences:
+                return []
+            last_rows = [
+                int(end) - 1
+                for chunk, end in zip(chunks, layout.query_starts[1:], strict=True)
+                if chunk.completes
+            ]
+            logits = self._model.logits(hidden[last_rows])
+            chosen = sampler.choose(logits, draws)
+        found: list[int] = chosen.tolist()
+        reported = sampler.logprobs(logits, found, params)
+        return [Sampled(*pair) for pair in zip(found, reported, strict=True)]
 
-    def _lay_out(self, chunks: list[Chunk]) -> tuple[StepLayout, Int64s, Int64s]:
-        """The step's layout, and its tokens and positions: (tokens,) int64 each."""
+    def _forward(self, layout: StepLayout, tokens: Int64s, positions: Int32s) -> torch.Tensor:
+        """Hidden states of all the step's tokens: (tokens, hidden)."""
+        self._attention.plan(layout)
+        return self._model(
+            upload(tokens, self._device),
+            upload(positions, self._device),
+            self._attention,
+        )
+
+    def _lay_out(self, chunks: list[Chunk]) -> tuple[StepLayout, Int64s, Int32s]:
+        """The step's layout, its tokens, (tokens,) int64, and their positions, (tokens,) int32."""
         tokens, positions, slots = [], [], []
         for chunk in chunks:
             sequence, start = chunk.sequence, chunk.sequence.num_cached
@@ -95,7 +96,7 @@ class Runner:
             ),
             slots=np.concatenate(slots),
         )
-        return layout, np.concatenate(tokens), np.concatenate(positions)
+        return layout, np.concatenate(tokens), np.concatenate(positions).astype(np.int32)
 
 
 def _starts(counts: list[int] | Int32s) -> Int32s:

@@ -19,6 +19,7 @@ import zmq
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import BadRequest, Engine
 from fi_runtime.engine.credits import Credits
+from fi_runtime.engine.phases import Phases, process_begin
 from fi_runtime.engine.sequence import SequenceKey
 from fi_runtime.messages import (
     Abort,
@@ -173,6 +174,8 @@ class EngineServer:
 
 
 def main(argv: list[str]) -> int:
+    phases = Phases(process_begin())
+    phases.end("imports")
     folder, server_pid, alive_fd = RunFolder(Path(argv[0])), int(argv[1]), int(argv[2])
     os.set_inheritable(alive_fd, False)  # a child of the engine must not outlive it as the engine
     logging.basicConfig(
@@ -182,7 +185,7 @@ def main(argv: list[str]) -> int:
     try:
         config = msgspec.json.decode(folder.config.read_bytes(), type=EngineConfig)
         tokenizer = tokenizer_file(Path(config.checkpoint), folder.path)
-        engine = Engine(config)
+        engine = Engine(config, phases)
     except ConfigError as error:
         return _fail(folder, str(error))
     except Exception as error:
@@ -199,6 +202,7 @@ def main(argv: list[str]) -> int:
     gc.freeze()
     server = EngineServer(engine, info, Credits(config.max_sequences), server_pid)
     server.bind(folder)
+    log.info("started in %s", phases)
     server.run()
     with starting_lock():
         folder.remove()

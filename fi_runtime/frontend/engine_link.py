@@ -31,7 +31,7 @@ POLL_MS = 200
 
 
 class EngineLink:
-    """This process's channel to an engine.
+    """This process's channel to an engine: the one on the CPU, or on the GPU of that number.
 
     Raises:
         ConfigError: the engine cannot serve this configuration, cannot start, or runs already with
@@ -39,8 +39,14 @@ class EngineLink:
     """
 
     def __init__(
-        self, config: EngineConfig, engine: str, server_pid: int, start_timeout_s: float
+        self,
+        config: EngineConfig,
+        engine: str,
+        gpu: int | None,
+        server_pid: int,
+        start_timeout_s: float,
     ) -> None:
+        engine += "" if gpu is None else f"-gpu{gpu}"
         self._folder = RunFolder.of(server_pid, engine)
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}".encode()
         self._context = zmq.Context()
@@ -50,7 +56,7 @@ class EngineLink:
         deadline = time.monotonic() + start_timeout_s
         info = None
         while info is None:  # an engine that was just ending has to be started anew
-            process = _start_unless_running(self._folder, config, engine, server_pid)
+            process = _start_unless_running(self._folder, config, engine, gpu, server_pid)
             self._connect()
             info = self._await_attached(process, deadline, start_timeout_s)
         self.info: EngineInfo = info
@@ -144,10 +150,11 @@ class EngineLink:
 
 
 def _start_unless_running(
-    folder: RunFolder, config: EngineConfig, engine: str, server_pid: int
+    folder: RunFolder, config: EngineConfig, engine: str, gpu: int | None, server_pid: int
 ) -> "subprocess.Popen[bytes] | None":
     """The engine's process if this call started it, None if it runs already."""
     encoded = msgspec.json.encode(config)
+    environment = os.environ | visible_gpu(gpu)
     with starting_lock():
         remove_stale()
         if folder.engine_lives():
@@ -167,11 +174,28 @@ def _start_unless_running(
                     str(server_pid),
                     str(alive.fileno()),
                 ],
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[alive.fileno()],
                 # Ctrl-C is for the server; the engine ends when its front ends have left.
                 start_new_session=True,
             )
+
+
+def visible_gpu(gpu: int | None) -> dict[str, str]:
+    """What makes this GPU, of those that the server sees, the only one that the engine does."""
+    if gpu is None:
+        return {}
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is None:
+        return {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    visible = [device.strip() for device in devices.split(",") if device.strip()]
+    if gpu >= len(visible):
+        raise ConfigError(
+            f"instance_group gpus: {gpu}: no such GPU; CUDA_VISIBLE_DEVICES={devices} shows "
+            f"{len(visible)}, numbered from 0"
+        )
+    return {"CUDA_VISIBLE_DEVICES": visible[gpu]}
 
 
 def _check_same(wanted: EngineConfig, running: EngineConfig, engine: str) -> None:

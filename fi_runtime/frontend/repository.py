@@ -5,11 +5,11 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
-from fi_runtime.config import ConfigError, EngineConfig, engine_config, split_parameters
+from fi_runtime.config import ConfigError, Device, EngineConfig, engine_config, split_parameters
 
 
-def read_engine_config(model_folder: Path) -> EngineConfig:
-    """The engine's knobs in a model's ``config.pbtxt``.
+def read_engine_config(model_folder: Path, device: Device = "cpu") -> EngineConfig:
+    """The engine's knobs in a model's ``config.pbtxt``, for an engine on that device.
 
     Raises:
         ConfigError: no such file, or something in it that is wrong.
@@ -28,4 +28,4 @@ def read_engine_config(model_folder: Path) -> EngineConfig:
             f"{path}: its parameter engine={door.engine!r} sends on to another model; "
             "name the model that holds the checkpoint"
         )
-    return engine_config(own, model_folder)
+    return engine_config(own, model_folder, device)

@@ -35,6 +35,7 @@ class Knobs(msgspec.Struct, kw_only=True):
     temperature: Annotated[float, Meta(ge=0.0)] = 1.0
     top_k: Annotated[int, Meta(ge=-1, le=MAX_INT32)] = 0
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     seed: int | None = None
     stop: list[str] | str = []
     stop_token_ids: list[TokenId] = []
@@ -64,7 +65,6 @@ NEUTRAL: dict[str, object] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "repetition_penalty": 1.0,
-    "min_p": 0.0,
     "min_tokens": 0.0,
     "min_length": 0.0,
     "bad_words": [],
@@ -146,6 +146,7 @@ def parse_request(
             temperature=knobs.temperature,
             top_k=max(knobs.top_k, 0),
             top_p=knobs.top_p,
+            min_p=knobs.min_p,
             # Half of the range that clients may give; the engine's is that of a signed integer.
             seed=secrets.randbits(63) if knobs.seed is None else knobs.seed % (1 << 63),
             stop_token_ids=tuple(knobs.stop_token_ids),

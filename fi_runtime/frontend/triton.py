@@ -19,7 +19,7 @@ from typing import Any
 import triton_python_backend_utils as pb
 from tokenizers import Tokenizer
 
-from fi_runtime.config import ConfigError, DoorConfig, EngineConfig, engine_config, split_parameters
+from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
 from fi_runtime.frontend.engine_link import EngineLink
 from fi_runtime.frontend.replies import Answer
 from fi_runtime.frontend.repository import read_engine_config
@@ -100,24 +100,26 @@ class TritonPythonModel:
 
     def _attach(self, args: dict[str, str]) -> None:
         folder, name = Path(args["model_repository"]), args["model_name"]
-        if args["model_instance_kind"] != "CPU":
+        kind = args["model_instance_kind"]
+        if kind not in ("CPU", "GPU"):
             raise ConfigError(
-                f"{name}/config.pbtxt: instance_group kind KIND_{args['model_instance_kind']}: "
-                "front ends run on the CPU; use KIND_CPU"
+                f"{name}/config.pbtxt: instance_group kind KIND_{kind} is not supported; "
+                "use KIND_GPU, KIND_CPU, or KIND_AUTO for whichever the machine has"
             )
+        gpu = int(args["model_instance_device_id"]) if kind == "GPU" else None
+        device: Device = "cpu" if gpu is None else "cuda"
         parameters = {
             key: value["string_value"]
             for key, value in json.loads(args["model_config"]).get("parameters", {}).items()
         }
         door, own = split_parameters(parameters, name)
         if door.engine:
-            config = read_engine_config(folder.parent / door.engine)
+            config = read_engine_config(folder.parent / door.engine, device)
         else:
-            config = engine_config(own, folder)
-        self._start_link(door, config, door.engine or name)
-
-    def _start_link(self, door: DoorConfig, config: EngineConfig, engine: str) -> None:
-        self._link = EngineLink(config, engine, self._server_pid, door.engine_start_timeout_s)
+            config = engine_config(own, folder, device)
+        self._link = EngineLink(
+            config, door.engine or name, gpu, self._server_pid, door.engine_start_timeout_s
+        )
         self._tokenizer = Tokenizer.from_file(self._link.info.tokenizer)
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()

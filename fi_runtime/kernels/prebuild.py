@@ -2,20 +2,21 @@
 
 import functools
 import importlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fi_runtime.config import ConfigError
-from fi_runtime.kernels.library import flashinfer
+from fi_runtime.kernels.library import MANIFEST, flashinfer, prebuilt_manifest
 
 HEADERS = {"cublasLt.h": "nvidia-cublas", "curand.h": "nvidia-curand"}
 """What FlashInfer includes beside the compiler's own, and the packages that carry it."""
@@ -26,26 +27,30 @@ Report = Callable[[str, int, int, float], None]
 """Told of each module that is done: its name, its number, how many there are, seconds."""
 
 
-def prebuild(head_dim: int, dtype: torch.dtype, arch: str, out: Path, report: Report) -> None:
+def prebuild(
+    head_dim: int, dtype: torch.dtype, backends: Sequence[str], arch: str, out: Path, report: Report
+) -> None:
     """Compile into ``out``, as NAME/NAME.so; what is there already is left alone.
 
     Args:
         head_dim: of the model's attention heads; nothing else of its shape is compiled in.
         dtype: of weights and cache, bfloat16 or float16.
+        backends: of attention, fa2 or fa3; each is a module of its own.
         arch: compute capability as FlashInfer writes it, such as 9.0a; several with blanks between.
         out: made if missing.
         report: called after each module.
 
     Raises:
-        ConfigError: something is missing to compile with, naming it; or a module does not compile.
+        ConfigError: something is missing to compile with, naming it; a module does not compile; or
+            ``out`` has kernels for something else.
     """
     scratch = out.resolve() / ".build"
     scratch.mkdir(parents=True, exist_ok=True)
     os.environ |= _toolchain(scratch)
     # FlashInfer reads these when it is imported.
     os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": str(scratch)}
-    flashinfer()
-    specs = list(_modules(head_dim, dtype))
+    claim(out, {"arch": arch, "flashinfer": flashinfer().__version__})
+    specs = list(_modules(head_dim, dtype, backends))
     for number, spec in enumerate(specs, 1):
         begin = time.monotonic()
         target = out / spec.name / f"{spec.name}.so"
@@ -62,18 +67,34 @@ def prebuild(head_dim: int, dtype: torch.dtype, arch: str, out: Path, report: Re
     shutil.rmtree(scratch)
 
 
-def _modules(head_dim: int, dtype: torch.dtype) -> Iterator[Any]:
+def claim(out: Path, manifest: dict[str, str]) -> None:
+    """Write down what the folder's kernels are for, and see that all in it are for that."""
+    found = prebuilt_manifest(out)
+    if found is None and any(out.glob("*/*.so")):
+        raise ConfigError(f"{out}: holds kernels and no {MANIFEST}; name an empty folder")
+    if found not in (None, manifest):
+        raise ConfigError(
+            f"{out}: holds kernels for {found}, not for {manifest}; remove it, or name another"
+        )
+    (out / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+
+
+def _modules(head_dim: int, dtype: torch.dtype, backends: Sequence[str]) -> Iterator[Any]:
     """FlashInfer's specifications of what the runtime calls for such a model."""
     jit = functools.partial(importlib.import_module, package="flashinfer.jit")
     yield jit(".norm").gen_norm_module()
     yield jit(".rope").gen_rope_module()
     yield jit(".page").gen_page_module()
     yield jit(".activation").gen_act_and_mul_module("silu")
+    yield jit(".sampling").gen_sampling_module()
     attention = jit(".attention.modules")
     kind = (dtype, dtype, dtype, torch.int32, head_dim, head_dim)
     no_position, no_window, no_cap, no_half = 0, False, False, False
     yield attention.gen_batch_decode_module(*kind, no_position, no_window, no_cap)
-    yield attention.gen_batch_prefill_module("fa2", *kind, no_position, no_window, no_cap, no_half)
+    for backend in backends:
+        yield attention.gen_batch_prefill_module(
+            backend, *kind, no_position, no_window, no_cap, no_half
+        )
 
 
 def _toolchain(scratch: Path) -> dict[str, str]:

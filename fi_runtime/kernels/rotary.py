@@ -11,7 +11,7 @@ def rotate(
     """Turn each head's element i with element i + head_dim / 2 by its angle (Su et al., 2021).
 
     Args:
-        positions: (tokens,), int64.
+        positions: (tokens,), int32.
         q: (tokens, heads, head_dim); may be overwritten.
         k: (tokens, kv_heads, head_dim); may be overwritten.
         cos_sin: (positions, head_dim), float32: the cosines of the head_dim / 2 angles, then sines.

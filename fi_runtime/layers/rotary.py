@@ -24,5 +24,5 @@ class Rotary:
     def __call__(
         self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn queries and keys: ``positions`` (tokens,), the others (tokens, any heads, dim)."""
+        """Turn ``q`` and ``k``, (tokens, any heads, dim), to ``positions``, (tokens,) int32."""
         return rotate(positions, q, k, self._cos_sin)

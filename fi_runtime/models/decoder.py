@@ -37,7 +37,7 @@ class Decoder:
     def __call__(
         self, tokens: torch.Tensor, positions: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
-        """``tokens`` and ``positions``: (tokens,) int64; returns (tokens, hidden)."""
+        """Hidden states, (tokens, hidden), of ``tokens``, int64, at ``positions``, int32."""
         residual = functional.embedding(tokens, self.embedding)
         x = self.blocks[0].attention_norm(residual)
         for index, block in enumerate(self.blocks):

@@ -1,6 +1,7 @@
 """Reads a checkpoint's tensors from its safetensors files, by name, straight to their device."""
 
 import logging
+import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,9 @@ class Weights(Protocol):
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor of that name, which must have that shape."""
+
+    def close(self) -> None:
+        """All that was needed has been taken."""
 
 
 class CheckpointWeights:
@@ -77,6 +81,45 @@ class CheckpointWeights:
         if self._left:
             some = ", ".join(sorted(self._left)[:5])
             log.warning("%s: %d tensors not used: %s", self._folder, len(self._left), some)
+
+
+class DummyWeights:
+    """Random tensors, the same each time: what a measurement of speed needs.
+
+    Norms are 1, all else is normal with a standard deviation of 0.02, as models are initialised.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Make a tensor on the device, of a name's own random numbers."""
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        if name.endswith("norm.weight"):
+            return tensor.fill_(1.0)
+        generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        return tensor.normal_(std=0.02, generator=generator)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class CountedWeights:
+    """Takes no memory: counts what the tensors of a model would take."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.nbytes = 0
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """A tensor without contents."""
+        tensor = torch.empty(shape, dtype=self._dtype, device="meta")
+        self.nbytes += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Nothing is held open."""
 
 
 def _files(folder: Path) -> list[str]:

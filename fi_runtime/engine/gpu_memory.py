@@ -1,0 +1,83 @@
+"""How much of a GPU's memory is left for the cache, measured instead of guessed."""
+
+import gc
+import logging
+
+import torch
+
+from fi_runtime.attention.base import spare_layout
+from fi_runtime.attention.flashinfer import FlashInferAttention, Limits
+from fi_runtime.cache.kv_cache import CacheShape, KVCache
+from fi_runtime.config import Backend
+from fi_runtime.engine.decode_graphs import DecodeGraphs
+from fi_runtime.kernels.sampling import Draws, choose
+from fi_runtime.models import Decoder
+
+log = logging.getLogger(__name__)
+
+
+def room_for_cache(
+    model: Decoder,
+    limits: Limits,
+    graph_sizes: list[int],
+    page_size: int,
+    backend: Backend,
+    fraction: float,
+) -> int:
+    """Bytes that the cache may take so that ``fraction`` of the memory is in use in the end.
+
+    Runs the largest step and captures the two largest decode graphs on a cache of one page, to
+    see what they take; each further graph takes as much more as the second did.
+    """
+    weights = _in_use()
+    config = model.config
+    # The spare page, and one that nobody asks for.
+    shape = CacheShape(config.layers, 2, page_size, config.kv_heads, config.head_dim)
+    cache = KVCache(shape, model.embedding.dtype, model.embedding.device)
+    attention = FlashInferAttention(cache, config.heads, limits, backend)
+    _run_largest_step(model, attention, limits, page_size)
+    step = _in_use() - weights
+    graphs = DecodeGraphs(model, attention, graph_sizes[-2:]) if graph_sizes else None
+    captured = _in_use() - weights - step
+    more = min(graphs.nbytes.values()) * (len(graph_sizes) - len(graphs.nbytes)) if graphs else 0
+    total = torch.cuda.mem_get_info()[1]
+    room = int(fraction * total) - _in_use() - more
+    log.info(
+        "memory: %.1f of %.1f GB may be used; in use before the cache: %.1f GB with the weights, "
+        "%.2f GB by a step of %d tokens and its workspace, %.2f GB by %d decode graphs",
+        fraction * total / 1e9,
+        total / 1e9,
+        weights / 1e9,
+        step / 1e9,
+        limits.tokens,
+        (captured + more) / 1e9,
+        len(graph_sizes),
+    )
+    del graphs, attention, cache
+    gc.collect()
+    torch.cuda.empty_cache()
+    return room
+
+
+@torch.inference_mode()
+def _run_largest_step(
+    model: Decoder, attention: FlashInferAttention, limits: Limits, page_size: int
+) -> None:
+    """As many tokens as a step has at most, and as many drawn from."""
+    device = model.embedding.device
+    each = min(limits.tokens, limits.context)
+    layout = spare_layout([each] * (limits.tokens // each), page_size)
+    tokens = torch.zeros(len(layout.slots), dtype=torch.int64, device=device)
+    positions = torch.zeros(len(layout.slots), dtype=torch.int32, device=device)
+    attention.plan(layout)
+    hidden = model(tokens, positions, attention)
+    logits = model.logits(hidden[: limits.sequences])
+    half = torch.full((len(Draws._fields), len(logits)), 0.5, device=device)
+    choose(logits, Draws(*half))
+
+
+def _in_use() -> int:
+    """Bytes of the current device's memory that are taken, by whomever; cached ones count."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return total - free
