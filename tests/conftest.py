@@ -13,7 +13,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.serving import Reference, write_checkpoint, write_repository
+from tests.serving import KNOBS, Reference, write_checkpoint
+from tools.repository import write_repository
 from tools.serve import TritonServer
 
 # Server, engine and tests share few cores; more threads than cores would wait for each other.
@@ -98,7 +99,7 @@ def server(
 ) -> Iterator[TritonServer]:
     """A tritonserver with both doors. Tests leave it as they found it."""
     folder = tmp_path_factory.mktemp("server")
-    repository = write_repository(folder / "repository", served_checkpoint)
+    repository = write_repository(folder / "repository", served_checkpoint, KNOBS)
     with TritonServer(repository, log=folder / "log") as running:
         running.wait_ready()
         yield running

@@ -4,8 +4,6 @@ import contextlib
 import http.client
 import json
 import queue
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +21,9 @@ from tokenizers.models import BPE
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from tritonclient.utils import InferenceServerException
 
-from tools.serve import ROOT, TritonServer
+from tools.repository import STREAMED, UNARY
+from tools.serve import TritonServer
 
-STREAMED, UNARY = "llm", "llm_unary"
 BATCH = 64
 CONTEXT = 4096
 HANG_S = 60
@@ -182,30 +180,7 @@ class Reference:
         return [rows[start + i, token].item() for i, token in enumerate(tokens)]
 
 
-# The repository and the server
-
-
-def copy_door(name: str, folder: Path, parameters: dict[str, str], *, instances: int = 2) -> Path:
-    """Copy a model of the shipped repository, with other parameters."""
-    source = ROOT / "model_repository" / name
-    shutil.copytree(source / "1", folder / "1", ignore=shutil.ignore_patterns("__pycache__"))
-    config = (source / "config.pbtxt").read_text()
-    config = re.sub(r"^parameters .*$", "", config, flags=re.MULTILINE)
-    config = re.sub(r"count: \d+", f"count: {instances}", config)
-    lines = [
-        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
-        for key, value in parameters.items()
-    ]
-    (folder / "config.pbtxt").write_text("\n".join([config, *lines, ""]))
-    return folder
-
-
-def write_repository(folder: Path, checkpoint: Path, **knobs: object) -> Path:
-    """Both doors of the shipped repository, on another checkpoint."""
-    given = {**KNOBS, "checkpoint": str(checkpoint), **{k: str(v) for k, v in knobs.items()}}
-    copy_door(STREAMED, folder / STREAMED, given)
-    copy_door(UNARY, folder / UNARY, {"engine": STREAMED})
-    return folder
+# The server
 
 
 def processes(server: TritonServer) -> list[psutil.Process]:

@@ -29,7 +29,6 @@ from tests.serving import (
     UNARY,
     Reference,
     Stream,
-    copy_door,
     engines,
     error_of,
     generate,
@@ -45,9 +44,9 @@ from tests.serving import (
     tensors_of,
     wait_until,
     write_big_checkpoint,
-    write_repository,
 )
 from tools.demo import tasks
+from tools.repository import copy_door, write_repository
 from tools.serve import ROOT, SHARED_MEMORY, TritonServer
 
 pytestmark = pytest.mark.timeout(150)
@@ -264,7 +263,7 @@ def mixed(
 ) -> Iterator[TritonServer]:
     """A server of good doors among broken ones, whose models can be loaded and unloaded."""
     folder = tmp_path_factory.mktemp("mixed")
-    repository = write_repository(folder / "repository", served_checkpoint)
+    repository = write_repository(folder / "repository", served_checkpoint, KNOBS)
     for name, (damage, _) in BROKEN_CHECKPOINTS.items():
         door = repository / name
         copy_door(STREAMED, door, {**KNOBS, "checkpoint": "checkpoint"}, instances=1)
@@ -408,7 +407,7 @@ def leftovers(mark: str, pid: int) -> list[Path]:
 def test_sigterm_ends_every_process_and_leaves_nothing(
     reference: Reference, served_checkpoint: Path, server: TritonServer, tmp_path: Path
 ) -> None:
-    repository = write_repository(tmp_path / "repository", served_checkpoint)
+    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS)
     with TritonServer(repository, log=tmp_path / "log") as other:
         other.wait_ready()
         inputs = {"text_input": "other", "max_tokens": 20, "temperature": 0.0}
@@ -424,7 +423,7 @@ def test_sigterm_ends_every_process_and_leaves_nothing(
 def test_a_server_that_is_killed_takes_all_processes_with_it(
     reference: Reference, served_checkpoint: Path, tmp_path: Path
 ) -> None:
-    repository = write_repository(tmp_path / "repository", served_checkpoint)
+    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS)
     with TritonServer(repository, log=tmp_path / "log") as other:
         other.wait_ready()
         with Stream(other, text_input="dies", stream=True, **LONG) as opened:
@@ -437,7 +436,7 @@ def test_a_server_that_is_killed_takes_all_processes_with_it(
 def test_the_serve_command_ends_with_streams_running(
     reference: Reference, served_checkpoint: Path, tmp_path: Path
 ) -> None:
-    repository = write_repository(tmp_path / "repository", served_checkpoint)
+    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS)
     addresses = TritonServer(repository)  # never started: for its free ports
     arguments = [f"--{name}={value}" for name, value in addresses.options.items()]
     with (
@@ -480,7 +479,7 @@ def test_weights_are_in_memory_once(
     """The engine of a big checkpoint is bigger by its weights; front ends are as small as ever."""
     folder = tmp_path_factory.mktemp("big")
     weights_bytes = write_big_checkpoint(folder / "checkpoint")
-    repository = write_repository(folder / "repository", folder / "checkpoint")
+    repository = write_repository(folder / "repository", folder / "checkpoint", KNOBS)
     with TritonServer(repository, log=folder / "log") as big:
         big.wait_ready()
         status, _ = generate(big, UNARY, text_input="a", max_tokens=4)
