@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tritonclient.grpc as triton
@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.results import write_results
 from tools.demo.tasks import MAX_ANSWER_TOKENS, Example, Task, evaluation_set, is_correct
 from tools.serve import TritonServer
 
@@ -66,9 +67,11 @@ def main(
     count: Annotated[int, typer.Option(help="Prompts of each task.")] = 300,
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     wrong: Annotated[int, typer.Option(help="Wrong answers to show of each task.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Ask, compare, and print a table."""
     console = Console()
+    rows: list[dict[str, Any]] = []
     table = Table(title="Exact answers, greedy, through the running server")
     for column in ("task", "right", "of", "share"):
         table.add_column(column, justify="left" if column == "task" else "right")
@@ -86,9 +89,12 @@ def main(
             right = len(examples) - len(failed)
             share = f"{100 * right / len(examples):.1f} %"
             table.add_row(name, str(right), str(len(examples)), share)
+            rows.append({"task": name, "right": right, "of": len(examples)})
             for example, output in failed[:wrong]:
                 console.print(f"{name}: …{example.prompt[-60:]!r}: {output!r}", markup=False)
     console.print(table)
+    if out is not None:
+        write_results(out, rows, f"python -m bench.accuracy --count {count}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from fi_runtime.attention.flashinfer import check_head_dim
 from fi_runtime.config import ConfigError, Device
+from fi_runtime.doctor import examine, print_report, report_json
 from fi_runtime.engine.build import compute_dtype
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
@@ -61,6 +62,20 @@ def generate(
     errors.print(
         f"{len(result.tokens)} tokens in {seconds:.2f} s, finished: {result.finish}", style="dim"
     )
+
+
+@app.command()
+def doctor(
+    model: Model = Path("model_repository/llm"),
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
+) -> None:
+    """Say what this machine and a model can do together; with a GPU, time its decode attention."""
+    report = examine(model)
+    if as_json:
+        print(report_json(report))
+    else:
+        print_report(report, Console())
+    raise typer.Exit(1 if report.has_problem else 0)
 
 
 @app.command()

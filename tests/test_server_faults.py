@@ -20,6 +20,7 @@ import tritonclient.grpc
 from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
+from fi_runtime import shared_memory
 from fi_runtime.run_folder import private_base
 from tests.serving import (
     BATCH,
@@ -47,7 +48,7 @@ from tests.serving import (
 )
 from tools.demo import tasks
 from tools.repository import copy_door, write_repository
-from tools.serve import ROOT, SHARED_MEMORY, TritonServer
+from tools.serve import ROOT, TritonServer
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -401,7 +402,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 def leftovers(mark: str, pid: int) -> list[Path]:
     """What a server has left in shared memory, and where its front ends met its engine."""
-    return [*SHARED_MEMORY.glob(f"{mark}*"), *private_base().glob(f"{pid}-*")]
+    return [*shared_memory.FOLDER.glob(f"{mark}*"), *private_base().glob(f"{pid}-*")]
 
 
 def test_sigterm_ends_every_process_and_leaves_nothing(

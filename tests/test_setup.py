@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from fi_runtime import shared_memory
 from tools import perf, serve, setup
 from tools.serve import Model, ServerError, TritonServer
 
@@ -157,7 +158,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TritonSe
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serve, "find_program", lambda name: str(program))
     monkeypatch.setattr(serve, "STOP_SECONDS", 0.2)
-    monkeypatch.setattr(serve, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
     with contextlib.closing(Stopped(tmp_path, log=tmp_path / "log")) as stub:
         yield stub
 
@@ -268,7 +269,7 @@ def test_a_port_that_is_none_is_one_clear_message(port: str, tmp_path: Path) -> 
 def test_too_little_shared_memory_is_one_clear_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "MIN_SHARED_MEMORY", 1 << 60)
+    monkeypatch.setattr(shared_memory, "MIN_BYTES", 1 << 60)
     [problem] = serve.find_problems(TritonServer(tmp_path))
     assert re.search(r"/dev/shm has \d+ MiB free; the Python backend needs", problem)
 
@@ -309,17 +310,17 @@ def test_a_real_server_keeps_its_doors_when_one_fails_and_goes_away_whole(tmp_pa
         server.wait_ready(["good"], timeout=60)
         with pytest.raises(ServerError, match=r"bad: .*no such checkpoint"):
             server.wait_ready()
-        assert list(serve.SHARED_MEMORY.glob(f"{server.mark}*"))
+        assert list(shared_memory.FOLDER.glob(f"{server.mark}*"))
     assert server.started() == []
-    assert not list(serve.SHARED_MEMORY.glob(f"{server.mark}*"))
+    assert not list(shared_memory.FOLDER.glob(f"{server.mark}*"))
 
 
 # perf_analyzer
 
 
 def test_perf_analyzer_gets_inputs_that_the_door_declares() -> None:
-    [streamed] = perf.input_data(streaming=True)["data"]
-    [unary] = perf.input_data(streaming=False)["data"]
+    [streamed] = perf.input_data(perf.EXAMPLE, streaming=True)["data"]
+    [unary] = perf.input_data(perf.EXAMPLE, streaming=False)["data"]
     assert streamed["stream"] == {"content": [True], "shape": [1]}
     assert unary == {key: value for key, value in streamed.items() if key != "stream"}
 

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +46,40 @@ def main(arguments: Sequence[str]) -> int:
                 server.wait_ready(["llm", "llm_unary"])
                 http, grpc = server.http_address, server.grpc_url
             return max(
-                measure(
-                    folder, "llm", ["-i", "grpc", "-u", grpc, "--streaming", "--async"], others
-                ),
-                measure(folder, "llm_unary", ["-i", "grpc", "-u", grpc], others),
-                measure(folder, "llm_unary", ["-i", "http", "-u", http], others),
+                measure(folder, door, transport, others) for door, transport in doors(http, grpc)
             )
     except ServerError as error:
         sys.exit(f"perf: {error}")
 
 
-def measure(folder: Path, door: str, transport: list[str], others: Sequence[str]) -> int:
-    """Run perf_analyzer on one door over one transport."""
+def doors(http: str, grpc: str) -> list[tuple[str, list[str]]]:
+    """Each door with each transport to drive it over, as perf_analyzer's options."""
+    return [
+        ("llm", ["-i", "grpc", "-u", grpc, "--streaming", "--async"]),
+        ("llm_unary", ["-i", "grpc", "-u", grpc]),
+        ("llm_unary", ["-i", "http", "-u", http]),
+    ]
+
+
+def measure(
+    folder: Path,
+    door: str,
+    transport: list[str],
+    others: Sequence[str],
+    request: Mapping[str, object] = EXAMPLE,
+) -> int:
+    """Run perf_analyzer on one door over one transport; its exit code."""
     data = folder / f"{door}.json"
-    data.write_text(json.dumps(input_data(streaming="--streaming" in transport)))
+    data.write_text(json.dumps(input_data(request, streaming="--streaming" in transport)))
     command = [find_program("perf_analyzer"), "-m", door, *transport, f"--input-data={data}"]
     command += [default for default in DEFAULTS if not replaced(default, others)]
     print(f"\n=== {door}, {' '.join(transport)}", flush=True)
     return subprocess.run([*command, *others], check=False).returncode
 
 
-def input_data(streaming: bool) -> dict[str, Any]:
+def input_data(request: Mapping[str, object], streaming: bool) -> dict[str, Any]:
     """The requests, as perf_analyzer reads them; the batch dimension is implied."""
-    request = {**EXAMPLE, "stream": True} if streaming else EXAMPLE
+    request = {**request, "stream": True} if streaming else request
     return {"data": [{k: {"content": [v], "shape": [1]} for k, v in request.items()}]}
 
 

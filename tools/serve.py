@@ -23,14 +23,12 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
+from fi_runtime import shared_memory
 from fi_runtime.run_folder import private_base
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's own
-SHARED_MEMORY = Path("/dev/shm")
-# Bytes; a Python-backend process takes 1 MiB and grows with its messages.
-MIN_SHARED_MEMORY = 32 << 20
 STOP_SECONDS = 7.0  # for an orderly end; what is left then is killed, within 10 s of Ctrl-C
 POLL_SECONDS = 0.1
 RULE = "=" * 78
@@ -224,7 +222,7 @@ class TritonServer:
         self.stop()
 
     def _remove_leftovers(self) -> None:
-        for file in SHARED_MEMORY.glob(f"{self.mark}*"):
+        for file in shared_memory.FOLDER.glob(f"{self.mark}*"):
             file.unlink(missing_ok=True)
         if self.process is not None:
             # Where front ends and engine of this server meet: sockets, pid files.
@@ -342,13 +340,8 @@ def find_problems(server: TritonServer) -> Iterator[str]:
             f"no model repository {repository}: no such folder. Name one that exists: "
             "make serve ARGS=--model-repository=FOLDER"
         )
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.exists() else 0
-    if free < MIN_SHARED_MEMORY:
-        yield (
-            f"{SHARED_MEMORY} has {free >> 20} MiB free; the Python backend needs "
-            f"{MIN_SHARED_MEMORY >> 20} MiB. Remove what lies there, or make it larger: "
-            f"mount -o remount,size=256m {SHARED_MEMORY} (docker run --shm-size=256m)"
-        )
+    if (shortage := shared_memory.shortage()) is not None:
+        yield shortage
 
 
 def describe(server: TritonServer, models: Sequence[Model]) -> str:

@@ -102,7 +102,11 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--extras", nargs="*", default=[], choices=["gpu", "test"], help="gpu: also without a GPU"
+        "--extras",
+        nargs="*",
+        default=[],
+        choices=["bench", "gpu", "test"],
+        help="gpu: also without a GPU",
     )
     parser.add_argument("--perf", action="store_true", help="install perf_analyzer, too")
     parser.add_argument("--lock", action="store_true", help="write requirements.lock anew instead")
@@ -219,7 +223,7 @@ def write_lock() -> None:
     """Resolve pyproject.toml with all its extras anew, and write what came out to the lock."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        wanted = [f"{ROOT}[gpu,test]", "setuptools", *HELD]
+        wanted = [f"{ROOT}[bench,gpu,test]", "setuptools", *HELD]
         pip("install", "--dry-run", "--ignore-installed", "--report", report, *wanted)
         found = json.loads(report.read_text())["install"]
     names = {}

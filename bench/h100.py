@@ -1,0 +1,157 @@
+"""Everything that is claimed of a GPU, in one command on a machine that has one.
+
+    python -m bench.h100 --kernels FOLDER --old FOLDER --old-kernels FOLDER [--out FOLDER]
+
+Runs the tests marked gpu, doctor, the table of decode attention with this FlashInfer and an older
+one, and for each model a real tritonserver: its start, perf_analyzer against both doors, and for
+the default checkpoint the share of its tasks answered exactly. Each part writes its results file
+and is run whatever became of those before it; the exit code is 1 if any failed.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bench import cold_start
+from bench.results import write_results
+from tools import perf
+from tools.serve import TritonServer
+
+COMMAND = "python -m bench.h100 --kernels KERNELS --old FLASHINFER --old-kernels KERNELS"
+PROMPT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 2
+OUTPUT_TOKENS = 64
+CONCURRENCIES = (1, 32)
+
+console = Console(width=140)
+
+
+def gpu_tests(out: Path) -> None:
+    """Run the tests marked gpu; one row: passed, failed, skipped, seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        code = _run("pytest", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}")
+        suite = ElementTree.parse(report).getroot()[0]
+    counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
+    failed = counts["failures"] + counts["errors"]
+    row = {
+        "passed": counts["tests"] - failed - counts["skipped"],
+        "failed": failed,
+        "skipped": counts["skipped"],
+        "seconds": round(float(suite.get("time", 0)), 1),
+    }
+    write_results(out / "gpu_tests.json", [row], f"{COMMAND} (python -m pytest -m gpu)")
+    if code:
+        raise RuntimeError(f"pytest ended with code {code}")
+
+
+def served(out: Path, kernels: Path | None) -> None:
+    """Start, drive and stop a server of each model."""
+    starts: list[dict[str, Any]] = []
+    loads: list[dict[str, Any]] = []
+    for model in cold_start.MODELS:
+        with cold_start.started(model, kernels) as (server, row):
+            starts.append(row)
+            write_results(out / "cold_start.json", starts, COMMAND)
+            loads += [
+                {"model": model, **load}
+                for count in CONCURRENCIES
+                for load in _drive(server, count)
+            ]
+            write_results(out / "served.json", loads, COMMAND)
+            if model == "demo":
+                accuracy = ["--url", server.grpc_url, "--out", str(out / "accuracy.json")]
+                if code := _run("bench.accuracy", *accuracy):
+                    raise RuntimeError(f"bench.accuracy ended with code {code}")
+    cold_start.print_rows(console, starts)
+
+
+def _drive(server: TritonServer, concurrency: int) -> list[dict[str, Any]]:
+    """perf_analyzer against each door: one row each, of its own figures."""
+    knobs = {"max_tokens": OUTPUT_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    request = {"text_input": PROMPT, "sampling_parameters": json.dumps(knobs)}
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for door, transport in perf.doors(server.http_address, server.grpc_url):
+            table = folder / "table.csv"
+            options = [
+                f"--concurrency-range={concurrency}",
+                f"--measurement-request-count={4 * concurrency}",
+                "-f",
+                str(table),
+            ]
+            if code := perf.measure(folder, door, transport, options, request):
+                raise RuntimeError(f"perf_analyzer ended with code {code}")
+            [figures] = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+            requests_per_s = float(figures["Inferences/Second"])
+            rows.append(
+                {
+                    "door": door,
+                    "protocol": transport[1],
+                    "concurrency": concurrency,
+                    "prompt_bytes": len(PROMPT),
+                    "output_tokens": OUTPUT_TOKENS,
+                    "requests_per_s": requests_per_s,
+                    "tokens_per_s": round(requests_per_s * OUTPUT_TOKENS, 1),
+                    # Of a stream to its first response, else to the whole answer.
+                    "p50_ms": float(figures["p50 latency"]) / 1e3,
+                    "p99_ms": float(figures["p99 latency"]) / 1e3,
+                }
+            )
+    return rows
+
+
+def _run(module: str, *arguments: str) -> int:
+    """Run a module in a process of its own; its exit code."""
+    return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+
+
+def main(
+    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
+    old: Annotated[Path | None, typer.Option(help="Folder with an older FlashInfer.")] = None,
+    old_kernels: Annotated[Path | None, typer.Option(help="Its compiled modules.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench/results/h100"),
+) -> None:
+    """Run every part."""
+
+    def decode_attention() -> None:
+        given = {"--kernels": kernels, "--old": old, "--old-kernels": old_kernels}
+        options = [text for name, path in given.items() if path for text in (name, str(path))]
+        if code := _run(
+            "bench.decode_attention", *options, "--out", str(out / "decode_attention.json")
+        ):
+            raise RuntimeError(f"bench.decode_attention ended with code {code}")
+
+    def doctor() -> None:
+        if code := _run("fi_runtime", "doctor"):
+            raise RuntimeError(f"doctor ended with code {code}")
+
+    parts: list[tuple[str, Callable[[], None]]] = [
+        ("gpu tests", lambda: gpu_tests(out)),
+        ("doctor", doctor),
+        ("decode attention", decode_attention),
+        ("served", lambda: served(out, kernels)),
+    ]
+    failed = []
+    for name, part in parts:
+        console.rule(name)
+        try:
+            part()
+        except Exception as error:  # the others are worth having all the same
+            console.print(f"{name}: {error}", style="red", markup=False)
+            failed.append(name)
+    console.print(f"failed: {', '.join(failed)}" if failed else "all parts ran")
+    raise typer.Exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,82 @@
+"""What the benchmarks are made of, without the machine that they are for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from bench.cold_start import STARTED
+from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
+from bench.shapes import SHAPES, write_shape
+from fi_runtime.config import EngineConfig
+from fi_runtime.engine.build import weight_bytes
+from fi_runtime.engine.core import Engine
+from fi_runtime.engine.phases import Phases
+from fi_runtime.messages import SamplingParams
+from fi_runtime.models import ARCHITECTURES, load_model_config
+from tests.conftest import write_twin
+
+PUBLISHED = {"Qwen3-0.6B": 596_049_920, "Llama-3.1-8B": 8_030_261_248}
+"""parameters, as counted on the models' pages"""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_as_many_parameters_as_the_published_models(name: str, tmp_path: Path) -> None:
+    write_shape(name, tmp_path)
+    config = load_model_config(tmp_path, list(ARCHITECTURES))
+    assert weight_bytes(config, torch.bfloat16) == 2 * PUBLISHED[name]
+    assert config.eos_ids == ()
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == config.vocab_size
+    text = "a prompt, 17 €"
+    assert len(tokenizer.encode(text).ids) == len(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert all(tokenizer.decode([token]) for token in (300, config.vocab_size - 1))
+
+
+def test_dummy_weights_answer_and_are_the_same_each_time(tmp_path: Path) -> None:
+    write_twin("qwen3", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    config = EngineConfig(checkpoint=str(tmp_path), load_format="dummy")
+    params = SamplingParams(max_tokens=8, temperature=0.0, seed=0, ignore_eos=True)
+    first, second = (Engine(config).generate([[1, 2, 3]], params)[0].tokens for _ in range(2))
+    assert len(first) == 8
+    assert first == second
+
+
+def test_phases_add_up_and_are_read_back_from_the_log() -> None:
+    phases = Phases()
+    phases.end("imports")
+    phases.end("weights")
+    line = f"2026-01-01 engine[1] INFO started in {phases}"
+    found = STARTED.search(line)
+    assert found is not None
+    assert [part.rsplit(" ", 1)[0] for part in found[1].split(", ")] == ["imports", "weights"]
+
+
+def decode_rows(fa2_share: float, ratio: float) -> list[dict[str, object]]:
+    """Results in which FA2 takes this share of the numbers to beat, and FA3 so many times FA2's."""
+    return [
+        {
+            "flashinfer": "0.6.18",
+            "backend": backend,
+            "resolved_backend": backend,
+            "query_heads": heads,
+            "batch": batch,
+            "context": context,
+            "page_size": 16,
+            "us": us * fa2_share * (ratio if backend == "fa3" else 1.0),
+        }
+        for (heads, batch, context), us in TO_BEAT.items()
+        for backend in ("fa2", "fa3")
+    ]
+
+
+def test_facts_say_what_the_numbers_are() -> None:
+    good = facts(decode_rows(1.0, LONG_RATIO + 1))
+    assert f"within 5% of the numbers to beat in {len(TO_BEAT)} of {len(TO_BEAT)}" in good[0]
+    assert good[1].startswith("FA3 takes at least 5 times as long as FA2 at 1 x 32768: 6.0")
+    bad = facts(decode_rows(1.2, 2.0))
+    assert f"in 0 of {len(TO_BEAT)} shapes; at worst it takes 1.20 times" in bad[0]
+    assert bad[1].startswith("FA3 takes less than 5 times as long as FA2 at 1 x 32768: 2.0")
