@@ -1,10 +1,26 @@
 # The same model repository, served by NVIDIA's Triton container.
 #
 #   docker build -t fi-runtime .
-#   docker run --shm-size=1g -p 8000-8002:8000-8002 fi-runtime
+#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 fi-runtime
 #
-# Any release from 24.11 on: their Python is 3.12, one of the two that the project supports.
+# Without --gpus the engine runs on the CPU. ARCH: compute capabilities of the GPUs to serve on.
 ARG TRITON=25.08
+ARG CUDA=13.0.1
+ARG ARCH=9.0a
+
+# The GPU kernels, compiled here so that no container ever compiles one. Needs no GPU.
+FROM nvcr.io/nvidia/cuda:${CUDA}-devel-ubuntu24.04 AS kernels
+ARG ARCH
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3-dev python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+WORKDIR /build
+COPY . .
+RUN python3 -m venv .venv \
+    && .venv/bin/pip install --no-cache-dir --constraint requirements.lock --editable '.[gpu]' ninja \
+    && .venv/bin/python -m fi_runtime prebuild --arch "${ARCH}"
+
+# Any release from 24.11 on: their Python is 3.12, one of the two that the project supports.
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
 
 # Ubuntu keeps venv's pip apart.
@@ -21,8 +37,9 @@ USER triton-server
 # The packages first: they change less often than the code.
 COPY --chown=triton-server pyproject.toml requirements.lock ./
 COPY --chown=triton-server tools/setup.py tools/
-RUN mkdir fi_runtime client && PIP_NO_CACHE_DIR=1 python3 tools/setup.py
+RUN mkdir fi_runtime client && PIP_NO_CACHE_DIR=1 python3 tools/setup.py --extras gpu
 COPY --chown=triton-server . .
+COPY --chown=triton-server --from=kernels /build/model_repository/llm/kernels model_repository/llm/kernels
 
 EXPOSE 8000 8001 8002
 # Finds the container's own tritonserver, and gives its Python backend the packages above.
