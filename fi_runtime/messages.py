@@ -31,8 +31,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Share of the likeliest token's probability that a token needs; 0 keeps all tokens."""
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] = 1.0
+    """Divides positive logits, and multiplies negative ones, of tokens in prompt or output."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output, as often as they are there."""
+    logit_bias: dict[TokenId, float] = {}
+    """Added to the logits of tokens."""
+    bad_tokens: tuple[tuple[TokenId, ...], ...] = ()
+    """Runs of tokens that are never completed."""
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] = 0
+    """Output tokens before which no token may end the sequence."""
     stop_token_ids: tuple[TokenId, ...] = ()
-    """Tokens that end the sequence, beside the checkpoint's own end-of-sequence tokens."""
+    """Tokens that end the sequence, beside its end-of-sequence tokens."""
+    end_ids: tuple[TokenId, ...] | None = None
+    """End-of-sequence tokens; None: the checkpoint's own."""
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Likeliest tokens to report beside the chosen one; None reports nothing."""

@@ -1,5 +1,6 @@
 """Checkpoints for tests, written by transformers itself, and a server of one of them."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.serving import KNOBS, Reference, write_checkpoint
+from tests.serving import KNOBS, VLLM, Reference, write_checkpoint
 from tools.repository import write_repository
-from tools.serve import TritonServer
+from tools.serve import ROOT, TritonServer
 
 # Server, engine and tests share few cores; more threads than cores would wait for each other.
 torch.set_num_threads(1)
@@ -97,9 +98,10 @@ def reference(served_checkpoint: Path) -> Reference:
 def server(
     reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    """A tritonserver with both doors. Tests leave it as they found it."""
+    """A tritonserver with all doors. Tests leave it as they found it."""
     folder = tmp_path_factory.mktemp("server")
     repository = write_repository(folder / "repository", served_checkpoint, KNOBS)
+    shutil.copytree(ROOT / "docs" / "samples" / VLLM, repository / VLLM)
     with TritonServer(repository, log=folder / "log") as running:
         running.wait_ready()
         yield running

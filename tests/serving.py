@@ -24,6 +24,8 @@ from tritonclient.utils import InferenceServerException
 from tools.repository import STREAMED, UNARY
 from tools.serve import TritonServer
 
+VLLM = "vllm_model"
+"""the sample door, for clients of Triton's vLLM backend"""
 BATCH = 64
 CONTEXT = 4096
 HANG_S = 60
@@ -48,12 +50,23 @@ TYPES: dict[str, tuple[str, type]] = {
     "top_p": ("FP32", np.float32),
     "min_p": ("FP32", np.float32),
     "seed": ("UINT64", np.uint64),
+    "random_seed": ("UINT64", np.uint64),
+    "min_tokens": ("INT32", np.int32),
+    "min_length": ("INT32", np.int32),
+    "repetition_penalty": ("FP32", np.float32),
+    "presence_penalty": ("FP32", np.float32),
+    "frequency_penalty": ("FP32", np.float32),
+    "bad_words": ("BYTES", object),
+    "end_id": ("INT32", np.int32),
+    "pad_id": ("INT32", np.int32),
     "stop_words": ("BYTES", object),
     "return_finish_reason": ("BOOL", bool),
     "return_cumulative_logprob": ("BOOL", bool),
     "return_logprobs": ("BOOL", bool),
     "return_num_input_tokens": ("BOOL", bool),
     "return_num_output_tokens": ("BOOL", bool),
+    "return_log_probs": ("BOOL", bool),
+    "return_token_ids": ("BOOL", bool),
 }
 
 
@@ -232,25 +245,26 @@ class Response:
         return self.value("finish_reason").decode()
 
     def value(self, name: str) -> Any:
-        """The one element of an output, which has the batch's dimension and its own."""
+        """The one element of an output, which has the batch's dimension, if any, and its own."""
         tensor = self.outputs[name]
-        assert tensor.shape == (1, 1), f"{name} has shape {tensor.shape}"
-        return tensor[0, 0]
+        assert tensor.shape in ((1, 1), (1,)), f"{name} has shape {tensor.shape}"
+        return tensor.reshape(-1)[0]
 
 
 def joined(responses: Sequence[Response]) -> str:
     return "".join(response.text for response in responses)
 
 
-def tensors_of(module: Any, inputs: dict[str, Any]) -> list[Any]:
+def tensors_of(module: Any, inputs: dict[str, Any], batched: bool = True) -> list[Any]:
     """A request's tensors for tritonclient.grpc or tritonclient.http; lists have any length."""
     made = []
     for name, value in inputs.items():
         type_name, dtype = TYPES[name]
         values = value if isinstance(value, list) else [value]
         values = [v.encode() if isinstance(v, str) else v for v in values]
-        tensor = module.InferInput(name, [1, len(values)], type_name)
-        tensor.set_data_from_numpy(np.array([values], dtype=dtype))
+        array = np.array([values] if batched else values, dtype=dtype)
+        tensor = module.InferInput(name, list(array.shape), type_name)
+        tensor.set_data_from_numpy(array)
         made.append(tensor)
     return made
 
@@ -275,8 +289,10 @@ class Stream:
         server: TritonServer,
         *,
         parameters: dict[str, Any] | None = None,
+        door: str = STREAMED,
         **inputs: Any,
     ) -> None:
+        """``door``: llm, whose tensors have a batch dimension, or vllm_model, without one."""
         self._client = grpc_client(server)
         self._came: queue.Queue[Any] = queue.Queue()
         self._ended = False
@@ -284,8 +300,8 @@ class Stream:
         # tritonserver 2.51 crashes soon after such an error.
         self._client.start_stream(lambda result, error: self._came.put(error or result))
         self._client.async_stream_infer(
-            STREAMED,
-            tensors_of(tritonclient.grpc, inputs),
+            door,
+            tensors_of(tritonclient.grpc, inputs, batched=door != VLLM),
             enable_empty_final_response=True,
             parameters=parameters,
         )

@@ -54,6 +54,36 @@ def test_the_checkpoints_own_end_token_ends_it_unless_ignored(
     assert engine(tmp_path).generate([PROMPT], ignoring)[0] == plain
 
 
+def test_no_end_before_min_tokens(checkpoint: Path) -> None:
+    plain = engine(checkpoint).generate([PROMPT], GREEDY)[0].tokens
+    params = msgspec.structs.replace(GREEDY, end_ids=(plain[3],), min_tokens=10)
+    tokens = engine(checkpoint).generate([PROMPT], params)[0].tokens
+    assert plain[3] not in tokens[:10]
+    assert len(tokens) >= 10
+    ended = engine(checkpoint).generate([PROMPT], msgspec.structs.replace(params, min_tokens=0))[0]
+    assert (ended.tokens, ended.finish) == (plain[: plain.index(plain[3]) + 1], "stop")
+
+
+def test_biases_force_and_forbid_tokens_and_leave_logprobs_alone(checkpoint: Path) -> None:
+    plain = engine(checkpoint).generate([PROMPT], GREEDY)[0]
+    params = msgspec.structs.replace(GREEDY, logit_bias={7: 100.0}, logprobs=0)
+    forced = engine(checkpoint).generate([PROMPT], params)[0]
+    assert forced.tokens == [7] * 20
+    assert max(forced.logprobs) < -0.1, "as the model gave them, before the bias"
+    params = msgspec.structs.replace(GREEDY, bad_tokens=((plain.tokens[0],),))
+    assert plain.tokens[0] not in engine(checkpoint).generate([PROMPT], params)[0].tokens
+
+
+def test_edits_of_one_sequence_are_not_its_neighbours(checkpoint: Path) -> None:
+    alone = engine(checkpoint).generate([PROMPT], GREEDY)[0]
+    other = msgspec.structs.replace(
+        GREEDY, repetition_penalty=1.8, frequency_penalty=1.0, logit_bias={3: 5.0}
+    )
+    results = engine(checkpoint).generate([PROMPT] * 3, [other, GREEDY, other])
+    assert results[1] == alone
+    assert results[0] == results[2] != alone
+
+
 def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(checkpoint: Path) -> None:
     alone = engine(checkpoint).generate([PROMPT], SEEDED)[0]
     others = [msgspec.structs.replace(SEEDED, seed=seed) for seed in range(11)]
@@ -85,6 +115,11 @@ def test_aborted_sequences_give_their_pages_back(checkpoint: Path) -> None:
     [
         ([], GREEDY, "the prompt is empty"),
         ([1, VOCAB], GREEDY, f"token id {VOCAB} is outside the vocabulary of {VOCAB}"),
+        (
+            [1],
+            msgspec.structs.replace(GREEDY, logit_bias={VOCAB + 1: 1.0}),
+            f"token id {VOCAB + 1} is outside the vocabulary of {VOCAB}",
+        ),
         ([1] * 500, GREEDY, "500 prompt tokens and max_tokens=20 .* context of 512 tokens"),
     ],
 )

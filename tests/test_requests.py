@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fi_runtime.frontend.requests import Request, RequestError, parse_request
+from fi_runtime.frontend.errors import RequestError
+from fi_runtime.frontend.requests import Request, parse_request
 from fi_runtime.messages import EngineInfo
 from tests.test_text import BYTES
 
@@ -37,12 +38,12 @@ def test_defaults_are_those_of_both_dialects() -> None:
     request = parse(text_input="hello")
     assert request.prompt == BYTES.encode("hello").ids
     assert request.echo == "hello"
-    assert request.params.max_tokens == 16
-    assert request.params.temperature == 1.0
-    assert (request.params.top_k, request.params.top_p) == (0, 1.0)
-    assert request.params.logprobs is None
+    assert request.samples[0].max_tokens == 16
+    assert request.samples[0].temperature == 1.0
+    assert (request.samples[0].top_k, request.samples[0].top_p) == (0, 1.0)
+    assert request.samples[0].logprobs is None
     assert request.stop == []
-    assert parse(text_input="a").params.seed != parse(text_input="a").params.seed
+    assert parse(text_input="a").samples[0].seed != parse(text_input="a").samples[0].seed
 
 
 def test_the_prompt_is_repeated_unless_streaming_or_told_not_to() -> None:
@@ -58,12 +59,12 @@ def test_the_prompt_is_repeated_unless_streaming_or_told_not_to() -> None:
 def test_sampling_parameters_come_before_tensors_before_the_requests_own() -> None:
     own = {"temperature": 0.1, "top_k": 2, "top_p": 0.3}
     request = parse(own, text_input="a", top_k=5)
-    assert request.params.temperature == 0.1
-    assert request.params.top_k == 5
+    assert request.samples[0].temperature == 0.1
+    assert request.samples[0].top_k == 5
     request = parse(own, text_input="a", top_k=5, sampling_parameters='{"top_p": 0.9}')
-    assert request.params.top_p == 0.9
-    assert request.params.top_k == 5
-    assert request.params.temperature == 1.0, "the request's own are ignored, not merged"
+    assert request.samples[0].top_p == 0.9
+    assert request.samples[0].top_k == 5
+    assert request.samples[0].temperature == 1.0, "the request's own are ignored, not merged"
 
 
 def test_values_may_be_strings() -> None:
@@ -72,7 +73,7 @@ def test_values_may_be_strings() -> None:
         ' "ignore_eos": "true", "logprobs": "2", "n": "1", "stop": "x"}'
     )
     request = parse(text_input="a", sampling_parameters=json)
-    params = request.params
+    params = request.samples[0]
     assert (params.temperature, params.max_tokens, params.top_p) == (0.0, 30, 0.5)
     assert (params.top_k, params.seed, params.ignore_eos, params.logprobs) == (0, 7, True, 2)
     assert request.stop == ["x"]
@@ -87,12 +88,12 @@ def test_stop_strings_come_from_both_dialects() -> None:
 
 
 def test_names_that_are_no_input_of_ours_are_left_alone() -> None:
-    assert parse({"id": "7", "x-forwarded-for": "me"}, text_input="a").params.max_tokens == 16
+    assert parse({"id": "7", "x-forwarded-for": "me"}, text_input="a").samples[0].max_tokens == 16
 
 
 def test_the_answer_is_cut_to_the_context() -> None:
-    assert parse(text_input="a" * 90, max_tokens=50).params.max_tokens == 10
-    assert parse(text_input="a" * 99, max_tokens=50).params.max_tokens == 1
+    assert parse(text_input="a" * 90, max_tokens=50).samples[0].max_tokens == 10
+    assert parse(text_input="a" * 99, max_tokens=50).samples[0].max_tokens == 1
     code, message = refused(text_input="a" * 100)
     assert code == "INVALID_ARG"
     assert "100 tokens; at most 99" in message
@@ -101,7 +102,7 @@ def test_the_answer_is_cut_to_the_context() -> None:
 def test_any_seed_of_64_bits_is_taken() -> None:
     biggest = np.array([[(1 << 64) - 1]], dtype=np.uint64)
     parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, BYTES, INFO)
-    assert parsed.params.seed == (1 << 63) - 1
+    assert parsed.samples[0].seed == (1 << 63) - 1
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,20 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ({"text_input": "a", "temperature": float("inf")}, ["temperature=inf", "finite"]),
         ({"text_input": "a", "top_p": 0.0}, ["top_p=0.0", "> 0"]),
         ({"text_input": "a", "top_p": 1.5}, ["top_p=1.5", "<= 1"]),
+        ({"text_input": "a", "presence_penalty": 2.5}, ["presence_penalty=2.5", "<= 2"]),
+        ({"text_input": "a", "repetition_penalty": 0.0}, ["repetition_penalty=0.0", "> 0"]),
+        ({"text_input": "a", "min_tokens": 17}, ["min_tokens=17 is more than max_tokens=16"]),
+        ({"text_input": "a", "min_length": 2, "min_tokens": 3}, ["min_length=2", "min_tokens=3"]),
+        ({"text_input": "a", "sampling_parameters": '{"n": 0}'}, ["n=0", ">= 1"]),
+        ({"text_input": "a", "sampling_parameters": '{"n": 129}'}, ["n=129", "<= 128"]),
+        (
+            {"text_input": "a", "sampling_parameters": '{"logit_bias": {"x": 1}}'},
+            ["logit_bias={'x': 1}", "int"],
+        ),
+        (
+            {"text_input": "a", "sampling_parameters": '{"logit_bias": {"5": 101}}'},
+            ["logit_bias=", "<= 100"],
+        ),
         ({"text_input": "a", "min_p": 1.5}, ["min_p=1.5", "<= 1"]),
         ({"text_input": "a", "top_k": -2}, ["top_k=-2", ">= -1"]),
         ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, ["tempo", "known are"]),
@@ -156,7 +171,7 @@ def test_a_batch_in_one_request_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ['{"n": 2}', '{"presence_penalty": 0.1}', '{"logit_bias": {"5": 1}}']
+    "given", ['{"best_of": 2}', '{"prompt_logprobs": 1}', '{"truncate_prompt_tokens": 5}']
 )
 def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
     code, message = refused(text_input="a", sampling_parameters=given)
@@ -165,7 +180,7 @@ def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
 
 
 def test_request_parameters_that_are_not_served_are_not_ignored() -> None:
-    for name, value in {"min_length": 10, "random_seed": 3, "return_log_probs": True}.items():
+    for name, value in {"best_of": 10, "prompt_logprobs": 3, "detokenize": False}.items():
         code, message = refused({name: value}, text_input="a")
         assert code == "UNSUPPORTED"
         assert name in message
@@ -180,7 +195,7 @@ def test_stop_words_of_a_wrong_type_are_told() -> None:
 
 def test_the_cumulative_logprob_needs_the_engines_but_reports_none() -> None:
     request = parse(text_input="a", return_cumulative_logprob=True)
-    assert request.params.logprobs == 0
+    assert request.samples[0].logprobs == 0
     assert not request.logprobs
     assert parse(text_input="a", sampling_parameters='{"logprobs": 2}').logprobs
 
@@ -195,4 +210,38 @@ def test_the_cumulative_logprob_needs_the_engines_but_reports_none() -> None:
     ],
 )
 def test_asking_for_nothing_special_is_no_special_feature(given: str) -> None:
-    assert parse(text_input="a", sampling_parameters=given).params.max_tokens == 16
+    assert parse(text_input="a", sampling_parameters=given).samples[0].max_tokens == 16
+
+
+def test_tensorrt_llms_names_mean_the_same() -> None:
+    request = parse(
+        text_input="a",
+        min_length=3,
+        random_seed=7,
+        repetition_penalty=1.5,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        end_id=9,
+        pad_id=0,
+        bad_words=["xy", ""],
+        return_log_probs=True,
+    )
+    [params] = request.samples
+    assert (params.min_tokens, params.seed, params.end_ids) == (3, 7, (9,))
+    assert (params.repetition_penalty, params.presence_penalty) == (1.5, 0.5)
+    assert params.frequency_penalty == 0.25
+    # One token a byte: the word alone, and after a blank.
+    assert params.bad_tokens == (tuple(BYTES.encode("xy").ids), tuple(BYTES.encode(" xy").ids))
+    assert params.logprobs == 0
+    json = '{"min_tokens": 5, "logit_bias": {"5": -100, "6": "2.5"}}'
+    [params] = parse(text_input="a", min_length=3, sampling_parameters=json).samples
+    assert params.min_tokens == 5, "the JSON comes before tensors, whatever the name"
+    assert params.logit_bias == {5: -100.0, 6: 2.5}
+
+
+def test_each_answer_to_a_prompt_has_a_seed_of_its_own() -> None:
+    json = '{"n": 3, "seed": 5}'
+    seeds = [params.seed for params in parse(text_input="a", sampling_parameters=json).samples]
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
+    assert seeds == [p.seed for p in parse(text_input="a", sampling_parameters=json).samples]

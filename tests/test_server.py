@@ -356,9 +356,9 @@ def test_generate_takes_knobs_that_are_no_input_as_parameters(
         200,
         "stop at a token" + byte_tokenizer().decode(tokens),
     )
-    status, answer = generate(server, UNARY, **body, presence_penalty=0.5)
+    status, answer = generate(server, UNARY, **body, best_of=2)
     assert status == 400
-    assert "presence_penalty=0.5 is not supported" in answer["error"]
+    assert "best_of=2 is not supported" in answer["error"]
 
 
 def count(server: TritonServer, **given: Any) -> int:
@@ -571,7 +571,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         ["exclude_input_in_output=false", "stream=true"],
     ),
 ]
-UNSUPPORTED = {"text_input": "a", "sampling_parameters": '{"n": 2}'}
+UNSUPPORTED = {"text_input": "a", "sampling_parameters": '{"best_of": 2}'}
 
 
 def opened_stream(server: TritonServer, **inputs: Any) -> Response:
@@ -608,7 +608,7 @@ def test_what_is_not_supported_has_a_status_of_its_own(server: TritonServer) -> 
         (infer_http, "501"),
     ):
         status, message = error_of(call, server, **UNSUPPORTED)
-        assert (status, "n=2 is not supported" in message) == (expected, True)
+        assert (status, "best_of=2 is not supported" in message) == (expected, True)
     # tritonserver 2.51 answers 400 to every error of /generate, whatever its code.
     assert generate(server, STREAMED, **UNSUPPORTED)[0] == 400
 
@@ -646,7 +646,7 @@ def maps_torch(process: psutil.Process) -> bool:
 def test_all_front_ends_share_the_one_process_that_holds_the_weights(server: TritonServer) -> None:
     [engine] = engines(server)
     front_ends = stubs(server)
-    assert len(front_ends) == 4, "two instances of each door"
+    assert len(front_ends) == 6, "two instances of each door"
     assert {p.pid for p in processes(server)} == {
         server.pid,
         engine.pid,

@@ -1,5 +1,6 @@
 """The engine without its sockets: sequences in, a step at a time, tokens out."""
 
+import itertools
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -74,12 +75,15 @@ class Engine:
                 f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} are more than "
                 f"the context of {self.max_context} tokens"
             )
-        if max(prompt) >= self.model_config.vocab_size:
+        named = max(*prompt, *_tokens_named(params))
+        if named >= self.model_config.vocab_size:
             raise BadRequest(
-                f"token id {max(prompt)} is outside the vocabulary of "
+                f"token id {named} is outside the vocabulary of "
                 f"{self.model_config.vocab_size} tokens"
             )
-        self._sequences[key] = Sequence(key, list(prompt), params)
+        end_ids = self.model_config.eos_ids if params.end_ids is None else params.end_ids
+        ending = (*params.stop_token_ids, *(() if params.ignore_eos else end_ids))
+        self._sequences[key] = Sequence(key, list(prompt), params, frozenset(ending))
         self.scheduler.add(self._sequences[key])
 
     def abort(self, key: SequenceKey) -> bool:
@@ -153,11 +157,13 @@ class Engine:
         )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        params = sequence.params
-        if token in params.stop_token_ids:
+        if token in sequence.end_ids:
             return "stop"
-        if token in self.model_config.eos_ids and not params.ignore_eos:
-            return "stop"
-        if sequence.num_generated >= params.max_tokens:
+        if sequence.num_generated >= sequence.params.max_tokens:
             return "length"
         return None
+
+
+def _tokens_named(params: SamplingParams) -> Iterable[int]:
+    """Tokens that parameters name and that have a logit to change."""
+    return (*params.logit_bias, *itertools.chain(*params.bad_tokens), *(params.end_ids or ()), 0)

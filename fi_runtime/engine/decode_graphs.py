@@ -57,19 +57,18 @@ class _Graph:
         self._logits.copy_(self._model.head(hidden))
         return self._logits.argmax(dim=-1)
 
-    def run(
-        self, layout: StepLayout, tokens: Int64s, draws: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        count = len(tokens)
-        self._tokens[:count].copy_(upload(tokens, self._tokens.device))
+    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+        self._tokens[: len(tokens)].copy_(upload(tokens, self._tokens.device))
         self._attention.plan(layout)
         self._forward.replay()
-        chosen = self._likeliest
-        if draws is not None:
-            self._draws[:, :count].copy_(upload(draws.float(), self._draws.device))
-            self._draw.replay()
-            chosen = self._drawn
-        return self._logits[:count], chosen[:count]
+        return self._logits[: len(tokens)]
+
+    def choose(self, draws: torch.Tensor | None) -> torch.Tensor:
+        if draws is None:
+            return self._likeliest
+        self._draws[:, : draws.shape[1]].copy_(upload(draws.float(), self._draws.device))
+        self._draw.replay()
+        return self._drawn
 
 
 class DecodeGraphs:
@@ -97,6 +96,8 @@ class DecodeGraphs:
                 free = torch.cuda.mem_get_info()[0]
                 self._graphs[size] = _Graph(model, attention.for_graph(size), logits[:size], pool)
                 self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
+        self._last = self._graphs[sizes[-1]]
+        """of the last step"""
         log.info(
             "captured decode graphs of %s sequences in %.1f s, %.0f MB",
             ", ".join(map(str, sizes)),
@@ -107,22 +108,25 @@ class DecodeGraphs:
     def fits(self, sequences: int) -> bool:
         return sequences <= self._sizes[-1]
 
-    def run(
-        self, layout: StepLayout, tokens: Int64s, draws: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One token of each sequence.
+    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+        """The logits after one token of each sequence: (sequences, vocab), until the next step.
 
         Args:
             layout: of the step.
             tokens: (sequences,).
-            draws: (5, sequences) as ``Draws``, or None where all are greedy.
-
-        Returns:
-            The logits after it, (sequences, vocab), and the tokens chosen, (sequences,); both are
-            overwritten by the next run.
         """
         size = self._sizes[bisect.bisect_left(self._sizes, len(tokens))]
-        return self._graphs[size].run(layout, tokens, draws)
+        self._last = self._graphs[size]
+        return self._last.forward(layout, tokens)
+
+    def choose(self, draws: torch.Tensor | None, sequences: int) -> torch.Tensor:
+        """Tokens from the last step's logits: (sequences,), until the next step.
+
+        Args:
+            draws: (5, sequences), the rows of ``Draws``; None where all are greedy.
+            sequences: of that step.
+        """
+        return self._last.choose(draws)[:sequences]
 
 
 def padded_sizes(max_sequences: int) -> list[int]:

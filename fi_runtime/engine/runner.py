@@ -8,6 +8,7 @@ import torch
 from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout
 from fi_runtime.engine import sampler
 from fi_runtime.engine.decode_graphs import DecodeGraphs
+from fi_runtime.engine.logit_edits import edited
 from fi_runtime.engine.sequence import Chunk
 from fi_runtime.messages import TokenLogprob
 from fi_runtime.models import Decoder
@@ -45,9 +46,11 @@ class Runner:
         params = [sequence.params for sequence in sequences]
         draws = sampler.draws_of(params, [sequence.num_generated for sequence in sequences])
         decoding = len(tokens) == len(chunks) == len(sequences)
-        if decoding and self._graphs is not None and self._graphs.fits(len(chunks)):
-            logits, chosen = self._graphs.run(layout, tokens, draws)
+        graphs = self._graphs if decoding else None
+        if graphs is not None and graphs.fits(len(chunks)):
+            logits = graphs.forward(layout, tokens)
         else:
+            graphs = None
             hidden = self._forward(layout, tokens, positions)
             if not sequences:
                 return []
@@ -57,7 +60,11 @@ class Runner:
                 if chunk.completes
             ]
             logits = self._model.logits(hidden[last_rows])
-            chosen = sampler.choose(logits, draws)
+        wanted = edited(logits, sequences)
+        if graphs is not None and wanted is logits:
+            chosen = graphs.choose(draws, len(sequences))
+        else:
+            chosen = sampler.choose(wanted, draws)
         found: list[int] = chosen.tolist()
         reported = sampler.logprobs(logits, found, params)
         return [Sampled(*pair) for pair in zip(found, reported, strict=True)]

@@ -14,6 +14,8 @@ class Sequence:
     tokens: list[int]
     """prompt, then output"""
     params: SamplingParams
+    end_ids: frozenset[int] = frozenset()
+    """tokens that end it"""
     prompt_length: int = field(init=False)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0

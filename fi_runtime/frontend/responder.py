@@ -6,8 +6,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb
 
+from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.replies import Tensors
-from fi_runtime.frontend.requests import RequestError
 
 log = logging.getLogger(__name__)
 

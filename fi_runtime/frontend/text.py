@@ -24,8 +24,11 @@ class TextStream:
     the text was whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._context: list[int] = []
         self._pending: list[int] = []
         """tokens after the last place where the text was whole"""
@@ -65,7 +68,7 @@ class TextStream:
         self._said = len(self._decode(self._context))
 
     def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens))
 
 
 def _whole_end(prompt: Sequence[int], decode: Callable[[list[int]], str]) -> list[int]:
@@ -78,20 +81,26 @@ def _whole_end(prompt: Sequence[int], decode: Callable[[list[int]], str]) -> lis
 
 
 class StopStrings:
-    """Cuts a text before the first of some strings, wherever it is cut into pieces."""
+    """Cuts a text at the first of some strings, wherever it is cut into pieces.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    Args:
+        include: whether the string itself is kept.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
+        self._include = include
         self._held = ""
         """text that may be the beginning of a stop string"""
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that is safe to send, and whether a stop string has been found after it."""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self._held = ""
-            return text[: min(found)], True
+            at, stop = min(found)
+            return text[: at + len(stop) * self._include], True
         held = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False

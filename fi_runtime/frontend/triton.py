@@ -21,9 +21,10 @@ from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
 from fi_runtime.frontend.engine_link import EngineLink
+from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.replies import Answer
 from fi_runtime.frontend.repository import read_engine_config
-from fi_runtime.frontend.requests import RequestError, parse_request
+from fi_runtime.frontend.requests import parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.messages import Abort, Generate, Output, Step, encode
 
@@ -37,7 +38,8 @@ STUB_END_S = 2.0
 class InFlight:
     """A request between its arrival and its last response."""
 
-    number: int
+    numbers: range
+    """what the engine knows its samples by"""
     answer: Answer
     responder: Responder
 
@@ -64,8 +66,9 @@ class TritonPythonModel:
         self._decoupled = model_config["model_transaction_policy"]["decoupled"]
         self._batched = model_config["max_batch_size"] > 0
         self._inputs = [one["name"] for one in model_config["input"]]
-        self._numbers = itertools.count()
+        self._next_number = 0
         self._in_flight: dict[int, InFlight] = {}
+        """by the number of each sample that is not complete"""
         self._credits = threading.Semaphore(0)
         self._lost = ""
         """why there is no engine any more, once there is none"""
@@ -139,14 +142,26 @@ class TritonPythonModel:
                 "stream=true: this model answers with one response; use the decoupled model to "
                 "stream, or leave stream out",
             )
-        number = next(self._numbers)
-        message = encode(Generate(self._link.name, number, parsed.prompt, parsed.params))
-        in_flight = InFlight(number, Answer(parsed, self._tokenizer), responder)
-        # Nothing between the credit and the sending may fail: the credit would be lost.
-        self._await_credit(responder)
-        # Before the engine hears of it, since its answer comes on another thread.
-        self._in_flight[number] = in_flight
-        self._link.send(message)
+        numbers = range(self._next_number, self._next_number + len(parsed.samples))
+        self._next_number = numbers.stop
+        in_flight = InFlight(numbers, Answer(parsed, self._tokenizer), responder)
+        messages = [
+            encode(Generate(self._link.name, number, parsed.prompt, params))
+            for number, params in zip(numbers, parsed.samples, strict=True)
+        ]
+        # Before the engine hears of them, since its answers come on another thread.
+        self._in_flight |= dict.fromkeys(numbers, in_flight)
+        for number, message in zip(numbers, messages, strict=True):
+            try:
+                self._await_credit(responder)
+            except RequestError as error:
+                self._end(in_flight, error)
+                return
+            # Nothing between the credit and the sending may fail: the credit would be lost.
+            self._link.send(message)
+            # RACE: the request may have ended meanwhile, with an abort that came before this.
+            if number not in self._in_flight:
+                self._link.send(encode(Abort(self._link.name, number)))
 
     def _await_credit(self, responder: Responder) -> None:
         """Block until the engine has room, which leaves all else to Triton's own queue."""
@@ -181,36 +196,38 @@ class TritonPythonModel:
             in_flight = self._in_flight.get(output.request)
             if in_flight is None:
                 continue  # it ended here first, by a stop string or an error
+            first = in_flight.numbers.start
             try:
-                in_flight.answer.take(output)
+                complete = in_flight.answer.take(output.request - first, output)
             except Exception as error:
-                touched.pop(output.request, None)
-                self._end(in_flight, error, at_engine=output.finish is None)
+                touched.pop(first, None)
+                self._end(in_flight, error)
                 continue
-            touched[output.request] = in_flight
-            if in_flight.answer.finish:
-                self._forget(in_flight, at_engine=output.finish is None)
+            touched[first] = in_flight
+            if complete:
+                self._forget(output.request, at_engine=output.finish is None)
         return [in_flight for in_flight in touched.values() if in_flight.answer.has_response]
 
     def _respond(self, in_flight: InFlight) -> None:
-        last = bool(in_flight.answer.finish)
         try:
-            in_flight.responder.send(in_flight.answer.response(), last)
+            answer = in_flight.answer
+            in_flight.responder.send(answer.response(), last=answer.is_complete)
         except Exception as error:
-            self._end(in_flight, error, at_engine=not last)
+            self._end(in_flight, error)
 
-    def _end(self, in_flight: InFlight, error: Exception, at_engine: bool) -> None:
-        """End a request that cannot go on, here and where need be at the engine."""
+    def _end(self, in_flight: InFlight, error: Exception) -> None:
+        """End a request that cannot go on, here and at the engine."""
         if not isinstance(error, RequestError):
-            log.error("request %d failed", in_flight.number, exc_info=error)
+            log.error("request %d failed", in_flight.numbers.start, exc_info=error)
             error = _surprise(error)
-        self._forget(in_flight, at_engine)
+        for number in in_flight.numbers:
+            self._forget(number, at_engine=True)
         in_flight.responder.fail(error)
 
-    def _forget(self, in_flight: InFlight, at_engine: bool) -> None:
+    def _forget(self, number: int, at_engine: bool) -> None:
         # Two threads may forget the same one.
-        if self._in_flight.pop(in_flight.number, None) is not None and at_engine:
-            self._link.send(encode(Abort(self._link.name, in_flight.number)))
+        if self._in_flight.pop(number, None) is not None and at_engine:
+            self._link.send(encode(Abort(self._link.name, number)))
 
     def _watch(self) -> None:
         """Abort what nobody waits for any more; notice an engine or a server that died."""
@@ -221,16 +238,20 @@ class TritonPythonModel:
                 # caught in a call that nobody is left to answer.
                 time.sleep(STUB_END_S)
                 os._exit(1)
-            for in_flight in list(self._in_flight.values()):
+            for in_flight in self._requests():
                 if in_flight.responder.is_cancelled():
-                    self._link.send(encode(Abort(self._link.name, in_flight.number)))
+                    for number in in_flight.numbers:
+                        self._link.send(encode(Abort(self._link.name, number)))
             if not self._lost and not self._link.engine_lives():
                 log.error("the engine died")
                 self._lost = "the engine died; load the model again to start a new one"
             if self._lost:
-                for in_flight in list(self._in_flight.values()):
-                    lost = RequestError("UNAVAILABLE", self._lost)
-                    self._end(in_flight, lost, at_engine=False)
+                for in_flight in self._requests():
+                    self._end(in_flight, RequestError("UNAVAILABLE", self._lost))
+
+    def _requests(self) -> list[InFlight]:
+        """Those in flight, each once."""
+        return list({id(one): one for one in list(self._in_flight.values())}.values())
 
 
 def _surprise(error: Exception) -> RequestError:

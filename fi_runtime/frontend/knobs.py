@@ -1,0 +1,163 @@
+"""Sampling parameters: both dialects' names, their ranges, and where they may be given."""
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from fi_runtime.frontend.errors import RequestError, short
+from fi_runtime.messages import MAX_INT32, MAX_LOGPROBS, TokenId
+
+MAX_SEED = (1 << 64) - 1
+MAX_N = 128
+"""answers to one prompt"""
+
+
+class Knobs(msgspec.Struct, kw_only=True):
+    """Sampling parameters under vLLM's names, with the ranges that clients are held to."""
+
+    n: Annotated[int, Meta(ge=1, le=MAX_N)] = 1
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_INT32)] = 16
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] = 0
+    temperature: Annotated[float, Meta(ge=0.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=-1, le=MAX_INT32)] = 0
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    seed: int | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
+    stop: list[str] | str = []
+    stop_token_ids: list[TokenId] = []
+    bad_words: list[str] | str = []
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    end_id: TokenId | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+ALIASES = {"min_length": "min_tokens", "random_seed": "seed"}
+"""TensorRT-LLM's names for the same."""
+
+
+KNOBS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Knobs)}
+
+# What both dialects know and this build does not serve, and the value that asks for nothing.
+NEUTRAL: dict[str, object] = {
+    "best_of": 1.0,
+    "allowed_token_ids": None,
+    "prompt_logprobs": None,
+    "spaces_between_special_tokens": True,
+    "detokenize": True,
+    "truncate_prompt_tokens": None,
+    "guided_decoding": None,
+    "guided_decoding_guide_type": None,
+    "guided_decoding_guide": None,
+    "structured_outputs": None,
+    "logits_processors": None,
+}
+
+
+def read_knobs(inputs: Mapping[str, object], parameters: Mapping[str, object]) -> Knobs:
+    """Sampling parameters: of the JSON, else of tensors, else of the request's parameters.
+
+    Raises:
+        RequestError: names what was given and what is allowed.
+    """
+    of = ""
+    inputs = _renamed(inputs)
+    given = {**_renamed(parameters), **inputs}
+    if "sampling_parameters" in given:
+        of = "sampling_parameters: "
+        json = _renamed(_json_object(given["sampling_parameters"]), of)
+        unknown = sorted(json.keys() - KNOBS.keys() - NEUTRAL.keys())
+        if unknown:
+            raise RequestError(
+                "INVALID_ARG",
+                f"{of}unknown key {short(unknown[0])}; known are {', '.join(sorted(KNOBS))}",
+            )
+        given = {**inputs, **json}
+    for name, neutral in NEUTRAL.items():
+        if name in given and not _asks_for_nothing(given[name], neutral):
+            raise RequestError(
+                "UNSUPPORTED", f"{of}{name}={short(given[name])} is not supported; leave it out"
+            )
+    values = {name: value for name, value in given.items() if name in KNOBS and value is not None}
+    knobs = Knobs(**convert(values, KNOBS, of))
+    words = convert({"stop_words": given.get("stop_words", [])}, {"stop_words": KNOBS["stop"]})
+    knobs.stop = as_list(knobs.stop) + as_list(words["stop_words"])
+    if knobs.min_tokens > knobs.max_tokens:
+        raise RequestError(
+            "INVALID_ARG",
+            f"{of}min_tokens={knobs.min_tokens} is more than max_tokens={knobs.max_tokens}",
+        )
+    if knobs.seed is not None and not 0 <= knobs.seed <= MAX_SEED:
+        raise RequestError("INVALID_ARG", f"{of}seed={knobs.seed}: Expected `int` in 0 to 2^64 - 1")
+    return knobs
+
+
+def _renamed(given: Mapping[str, object], of: str = "") -> dict[str, object]:
+    """What one place gave, under our names."""
+    renamed = {name: value for name, value in given.items() if name not in ALIASES}
+    for alias, name in ALIASES.items():
+        value = given.get(alias)
+        if value is None:
+            continue
+        if str(renamed.setdefault(name, value)) != str(value):
+            raise RequestError(
+                "INVALID_ARG",
+                f"{of}{alias}={short(value)} and {name}={short(renamed[name])} mean the same; "
+                "give one of them",
+            )
+    return renamed
+
+
+def as_list(value: list[str] | str) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _asks_for_nothing(value: object, neutral: object) -> bool:
+    if value is None or neutral is None:
+        return value is None
+    try:
+        return bool(msgspec.convert(value, type(neutral), strict=False) == neutral)
+    except msgspec.ValidationError:
+        return False
+
+
+def _json_object(text: object) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(str(text), type=dict[str, object])
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RequestError(
+            "INVALID_ARG",
+            f"sampling_parameters={short(text)}: expected a JSON object of vLLM's sampling "
+            f"parameters: {error}",
+        ) from None
+
+
+def convert(given: Mapping[str, object], types: Mapping[str, Any], of: str = "") -> dict[str, Any]:
+    """Values as their types, from numbers and truth values or strings that spell them.
+
+    Args:
+        of: where they were given, to begin messages with.
+
+    Raises:
+        RequestError: names the value and what was expected.
+    """
+    converted = {}
+    for name, value in given.items():
+        try:
+            converted[name] = msgspec.convert(value, types[name], strict=False, str_keys=True)
+        except msgspec.ValidationError as error:
+            raise RequestError("INVALID_ARG", f"{of}{name}={short(value)}: {error}") from None
+        number = converted[name]
+        if isinstance(number, float) and not math.isfinite(number):
+            raise RequestError(
+                "INVALID_ARG", f"{of}{name}={short(value)}: Expected a finite number"
+            )
+    return converted

@@ -1,0 +1,292 @@
+"""What clients of Triton's vLLM and TensorRT-LLM backends send, and what they read."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+
+from tests.serving import (
+    VLLM,
+    Reference,
+    Response,
+    Stream,
+    byte_tokenizer,
+    infer_grpc,
+    infer_http,
+    joined,
+    stream,
+    tensors_of,
+)
+from tools.serve import TritonServer
+
+TOKENS = 24
+GREEDY = {"temperature": 0.0}
+
+
+def sampling(**knobs: Any) -> str:
+    return json.dumps({"max_tokens": TOKENS, "temperature": 0, **knobs})
+
+
+def list_of(response: Response, name: str) -> list[Any]:
+    """An output's elements, without the dimension of the batch."""
+    values: list[Any] = response.outputs[name][0].tolist()
+    return [value.decode() if isinstance(value, bytes) else value for value in values]
+
+
+# Several answers to one prompt
+
+
+def test_n_answers_come_in_one_response(server: TritonServer) -> None:
+    knobs = sampling(n=3, temperature=1.0, seed=4)
+    flags = {"return_finish_reason": True, "return_num_output_tokens": True}
+    for ask in (infer_grpc, infer_http):
+        response = ask(server, text_input="many", sampling_parameters=knobs, **flags)
+        texts = list_of(response, "text_output")
+        assert len(set(texts)) == 3
+        assert all(text.startswith("many") for text in texts)
+        assert list_of(response, "finish_reason") == ["length"] * 3
+        assert list_of(response, "num_output_tokens") == [TOKENS] * 3
+        first = infer_grpc(
+            server, text_input="many", sampling_parameters=sampling(temperature=1.0, seed=4)
+        )
+        assert first.text == texts[0], "the first is what the seed gives alone"
+
+
+def test_n_answers_stream_side_by_side(server: TritonServer) -> None:
+    knobs = sampling(n=3, temperature=1.0, seed=4)
+    whole = infer_grpc(
+        server, text_input="many", sampling_parameters=knobs, exclude_input_in_output=True
+    )
+    with Stream(
+        server,
+        text_input="many",
+        sampling_parameters=knobs,
+        stream=True,
+        return_finish_reason=True,
+        return_num_output_tokens=True,
+    ) as opened:
+        responses = list(opened)
+    pieces = [list_of(response, "text_output") for response in responses]
+    assert ["".join(part) for part in zip(*pieces, strict=True)] == list_of(whole, "text_output")
+    assert list_of(responses[0], "finish_reason") == ["None"] * 3
+    assert list_of(responses[-1], "finish_reason") == ["length"] * 3
+    counts = np.array([list_of(response, "num_output_tokens") for response in responses])
+    assert counts.sum(axis=0).tolist() == [TOKENS] * 3
+
+
+def test_answers_of_one_prompt_may_end_at_different_times(
+    server: TritonServer, reference: Reference
+) -> None:
+    knobs = sampling(n=4, temperature=1.0, seed=1, stop=["e", "o"])
+    flags = {"return_finish_reason": True, "exclude_input_in_output": True}
+    response = infer_grpc(server, text_input="ends", sampling_parameters=knobs, **flags)
+    for text, finish in zip(
+        list_of(response, "text_output"), list_of(response, "finish_reason"), strict=True
+    ):
+        assert not {"e", "o"} & set(text)
+        assert finish == ("length" if len(text.encode()) == TOKENS else "stop")
+    assert infer_grpc(server, text_input="after", max_tokens=TOKENS, **GREEDY).text == (
+        "after" + reference.text("after", TOKENS)
+    ), "nothing of them is left behind"
+
+
+# Outputs
+
+
+def test_token_ids_are_the_answers_tokens(server: TritonServer, reference: Reference) -> None:
+    expected = reference.tokens("ids", TOKENS)
+    inputs = {"text_input": "ids", "max_tokens": TOKENS, "return_token_ids": True, **GREEDY}
+    assert list_of(infer_http(server, **inputs), "token_ids") == expected
+    streamed = [token for r in stream(server, **inputs) for token in list_of(r, "token_ids")]
+    assert streamed == expected
+
+
+def test_tensorrt_llms_log_probs(server: TritonServer, reference: Reference) -> None:
+    expected = reference.logprobs("probable", TOKENS)
+    inputs = {"text_input": "probable", "max_tokens": TOKENS, "return_log_probs": True, **GREEDY}
+    response = infer_grpc(server, **inputs)
+    assert response.outputs["output_log_probs"].shape == (1, 1, TOKENS)
+    assert response.outputs["output_log_probs"][0, 0] == pytest.approx(expected, abs=1e-3)
+    assert list_of(response, "cum_log_probs") == pytest.approx([sum(expected)], abs=1e-2)
+    assert "logprobs" not in response.outputs
+    last = stream(server, **inputs)[-1]
+    assert list_of(last, "cum_log_probs") == pytest.approx([sum(expected)], abs=1e-2)
+
+
+def test_what_was_not_asked_for_is_not_sent(server: TritonServer) -> None:
+    response = infer_grpc(server, text_input="a", max_tokens=2)
+    assert set(response.outputs) == {"text_output"}
+
+
+# Stops, bans, penalties
+
+
+def test_a_stop_string_may_be_part_of_the_answer(
+    server: TritonServer, reference: Reference
+) -> None:
+    whole = reference.text("stops", 60)
+    stop = whole[10:12]
+    knobs = sampling(max_tokens=60, stop=[stop], include_stop_str_in_output=True)
+    found = joined(stream(server, text_input="stops", sampling_parameters=knobs))
+    assert found == whole[: whole.index(stop) + len(stop)]
+
+
+def test_no_stop_string_ends_an_answer_before_min_tokens(
+    server: TritonServer, reference: Reference
+) -> None:
+    whole = reference.text("stops", 60)
+    at = len(whole.encode()[:30].decode(errors="ignore"))
+    stop = whole[4:5]
+    knobs = sampling(max_tokens=60, min_tokens=30, stop=[stop])
+    found = joined(stream(server, text_input="stops", sampling_parameters=knobs))
+    later = whole.find(stop, at)
+    assert found == (whole if later < 0 else whole[:later])
+    assert stop in found
+
+
+def test_bad_words_are_never_said(server: TritonServer, reference: Reference) -> None:
+    plain = reference.text("banned", TOKENS)
+    bad = [plain[1:3], plain[6:7]]
+    found = infer_grpc(
+        server,
+        text_input="banned",
+        max_tokens=TOKENS,
+        bad_words=bad,
+        exclude_input_in_output=True,
+        **GREEDY,
+    ).text
+    assert found
+    assert not any(word in found for word in bad)
+
+
+def test_end_id_is_the_end_of_the_answer(server: TritonServer, reference: Reference) -> None:
+    tokens = reference.tokens("end", TOKENS)
+    response = infer_grpc(
+        server,
+        text_input="end",
+        max_tokens=TOKENS,
+        end_id=tokens[9],
+        pad_id=0,
+        return_finish_reason=True,
+        return_token_ids=True,
+        **GREEDY,
+    )
+    assert list_of(response, "token_ids") == tokens[: tokens.index(tokens[9]) + 1]
+    assert response.finish == "stop"
+
+
+def test_penalties_keep_an_answer_from_repeating_itself(server: TritonServer) -> None:
+    plain, *penalised = (
+        list_of(
+            infer_grpc(
+                server,
+                text_input="again and again",
+                max_tokens=60,
+                return_token_ids=True,
+                **GREEDY,
+                **penalty,
+            ),
+            "token_ids",
+        )
+        for penalty in (
+            {},
+            {"repetition_penalty": 3.0},
+            {"frequency_penalty": 2.0},
+            {"presence_penalty": 2.0},
+        )
+    )
+    for tokens in penalised:
+        assert tokens != plain
+        assert len(set(tokens)) >= len(set(plain))
+
+
+# The dialects, shapes and all
+
+
+def test_the_vllm_dialect(server: TritonServer, reference: Reference) -> None:
+    """As Triton's vLLM client sends it: shapes [1], sampling parameters as strings in JSON."""
+    expected = reference.text("vllm", TOKENS)
+    knobs = json.dumps({"temperature": "0", "max_tokens": str(TOKENS), "ignore_eos": "true"})
+    with Stream(
+        server,
+        door=VLLM,
+        text_input="vllm",
+        stream=True,
+        sampling_parameters=knobs,
+        exclude_input_in_output=True,
+        return_finish_reason=True,
+        return_num_output_tokens=True,
+    ) as opened:
+        responses = list(opened)
+    assert joined(responses) == expected
+    for response in responses:
+        assert response.outputs["text_output"].shape == (1,)
+        assert response.outputs["num_output_tokens"].shape == (1,)
+    assert responses[-1].outputs["finish_reason"].tolist() == [b"length"]
+    with Stream(server, door=VLLM, text_input="vllm", sampling_parameters=knobs) as opened:
+        [whole] = list(opened)
+    assert whole.outputs["text_output"].tolist() == [("vllm" + expected).encode()]
+
+
+def test_the_openai_frontends_tensorrt_llm_dialect(
+    server: TritonServer, reference: Reference
+) -> None:
+    """Shapes [1, 1], FP32 penalties of 0, and both counts, each read as one element."""
+    inputs = {
+        "text_input": "openai",
+        "stream": False,
+        "max_tokens": TOKENS,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
+        "seed": 3,
+        "stop_words": ["never said", "nor this"],
+        "exclude_input_in_output": True,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+    }
+    with Stream(server, **inputs) as opened:
+        [response] = list(opened)
+    assert response.text == reference.text("openai", TOKENS)
+    assert int(response.value("num_input_tokens")) == len(b"openai")
+    assert int(response.value("num_output_tokens")) == TOKENS
+
+
+def test_genai_perfs_default_dialect(server: TritonServer) -> None:
+    """min_length equal to max_tokens, so that answers are as long as was asked for."""
+    inputs = {
+        "text_input": "perf",
+        "max_tokens": TOKENS,
+        "min_length": TOKENS,
+        "exclude_input_in_output": True,
+        "stream": True,
+        "return_num_output_tokens": True,
+    }
+    responses = stream(server, **inputs)
+    assert sum(int(r.value("num_output_tokens")) for r in responses) == TOKENS
+    assert responses[-1].final, "the last response is the final one"
+
+
+@pytest.mark.parametrize("wrong", ["batched", "unbatched"])
+def test_a_door_of_the_other_dialect_refuses_the_shapes(server: TritonServer, wrong: str) -> None:
+    door = VLLM if wrong == "batched" else "llm_unary"
+    tensors = tensors_of(tritonclient.grpc, {"text_input": "a"}, batched=wrong == "batched")
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        metadata = client.get_model_config(door, as_json=True)["config"]
+        assert bool(metadata.get("max_batch_size")) == (wrong == "unbatched")
+        with pytest.raises(tritonclient.grpc.InferenceServerException, match=r"shape|decoupled"):
+            client.infer(door, tensors)
+
+
+def test_words_of_the_answer_survive_every_cut(server: TritonServer) -> None:
+    """A stream's pieces are together the decoded answer: no half character, no lost space."""
+    tokenizer = byte_tokenizer()
+    for seed in range(6):
+        knobs = {"text_input": "cut", "max_tokens": 80, "temperature": 1.2, "seed": seed}
+        responses = stream(server, **knobs, return_token_ids=True)
+        tokens = [token for r in responses for token in list_of(r, "token_ids")]
+        assert joined(responses) == tokenizer.decode(tokens)
+        assert not any("\N{REPLACEMENT CHARACTER}" in r.text for r in responses[:-1])
