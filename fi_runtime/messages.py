@@ -118,11 +118,26 @@ class Attached(msgspec.Struct, tag=True, frozen=True):
     info: EngineInfo
 
 
+class Stats(msgspec.Struct, array_like=True, frozen=True):
+    """How the engine is, for whoever watches."""
+
+    running: int
+    """sequences"""
+    waiting: int
+    """sequences"""
+    cache_usage: float
+    """share of the pages that are taken, 0 to 1"""
+    preemptions: int
+    """since the last time it said so"""
+
+
 class Step(msgspec.Struct, tag=True, frozen=True):
     """Results of a step for one front end, and the credits it is granted for new sequences."""
 
     outputs: list[Output]
     credits: int = 0
+    stats: Stats | None = None
+    """to one front end at a time, about once a second"""
 
 
 FromEngine = Attached | Step

@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import json
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -419,3 +421,18 @@ def error_of(call: Callable[..., Any], *args: Any, **inputs: Any) -> tuple[str, 
     except InferenceServerException as error:
         return str(error.status()), error.message()
     raise AssertionError(f"no error, but {result}")
+
+
+def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
+    """Results of calls that all run at the same time; an exception is its call's result."""
+    start = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        start.wait()
+        try:
+            return call()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))

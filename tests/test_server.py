@@ -2,10 +2,8 @@
 
 import contextlib
 import json
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from tests.serving import (
     Reference,
     Response,
     Stream,
+    at_once,
     byte_tokenizer,
     engines,
     error_of,
@@ -93,21 +92,6 @@ CLIENTS: list[Ask] = [
     ask_generate_stream,
 ]
 each_client = pytest.mark.parametrize("ask", CLIENTS, ids=lambda ask: ask.__name__[4:])
-
-
-def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
-    """Results of calls that all run at the same time; an exception is its call's result."""
-    start = threading.Barrier(len(calls))
-
-    def run(call: Callable[[], Any]) -> Any:
-        start.wait()
-        try:
-            return call()
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(len(calls)) as pool:
-        return list(pool.map(run, calls))
 
 
 # Answers

@@ -14,7 +14,7 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Sampled
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Sequence, SequenceKey
-from fi_runtime.messages import FinishReason, Output, SamplingParams
+from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Engine:
             self.pool, config.page_size, config.max_sequences, config.step_tokens
         )
         self._sequences: dict[SequenceKey, Sequence] = {}
+        self._preemptions_told = 0
 
     @property
     def busy(self) -> bool:
@@ -96,6 +97,18 @@ class Engine:
 
     def keys_of(self, front_end: bytes) -> list[SequenceKey]:
         return [key for key in self._sequences if key[0] == front_end]
+
+    def stats(self) -> Stats:
+        """How it is, with the preemptions since the last call."""
+        new = self.scheduler.num_preemptions - self._preemptions_told
+        self._preemptions_told += new
+        running = len(self.scheduler.running)
+        return Stats(
+            running=running,
+            waiting=len(self._sequences) - running,
+            cache_usage=1.0 - self.pool.free / self.pool.usable,
+            preemptions=new,
+        )
 
     def step(self) -> list[tuple[SequenceKey, Output]]:
         """Compute one step; what it gave each sequence that has a new token."""

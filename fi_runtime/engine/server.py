@@ -10,6 +10,7 @@ import gc
 import logging
 import os
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from fi_runtime.messages import (
     FromFrontEnd,
     Generate,
     Output,
+    Stats,
     Step,
     decode_from_front_end,
     encode,
@@ -40,6 +42,8 @@ from fi_runtime.run_folder import RunFolder, starting_lock
 
 log = logging.getLogger(__name__)
 
+STATS_S = 1.0
+"""between two words to a front end about how the engine is"""
 ATTACH_WITHIN_MS = 30_000
 """for the first front end, once the engine is ready; later ones find the engine by its lock"""
 
@@ -56,6 +60,8 @@ class EngineServer:
         self._server_fd = os.pidfd_open(server_pid)
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
         self._attached_before = False
+        self._idle = True
+        self._stats_due = 0.0
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._requests = context.socket(zmq.PULL)
         self._outputs = context.socket(zmq.ROUTER)
@@ -92,7 +98,7 @@ class EngineServer:
                 self._detach(front_end)
             for key, output in self._engine.step():
                 self._post(key, output)
-            self._send()
+            self._send(self._new_stats())
         log.info("the last front end has left")
 
     def _receive(self, socket: "zmq.Socket[bytes]") -> None:
@@ -157,12 +163,23 @@ class EngineServer:
         if output.finish is not None:
             self._credits.give_back(key[0])
 
-    def _send(self) -> None:
+    def _new_stats(self) -> Stats | None:
+        """How the engine is, once a second while it computes and once when it has nothing to do."""
+        now, idle = time.monotonic(), not self._engine.busy
+        if (idle and self._idle) or (idle == self._idle and now < self._stats_due):
+            return None
+        self._idle, self._stats_due = idle, now + STATS_S
+        return self._engine.stats()
+
+    def _send(self, stats: Stats | None) -> None:
         """One message to each front end that something has happened for."""
         granted = self._credits.grant()
-        for front_end in self._outbox.keys() | granted.keys():
+        # Any one front end, but one only: it adds counts to those of its model.
+        told = {front_end: stats for front_end in [*self._front_ends][:1] if stats is not None}
+        for front_end in self._outbox.keys() | granted.keys() | told.keys():
             outputs = self._outbox.get(front_end, [])
-            self._say(front_end, Step(outputs, granted.get(front_end, 0)))
+            step = Step(outputs, granted.get(front_end, 0), told.get(front_end))
+            self._say(front_end, step)
         self._outbox.clear()
 
     def _say(self, front_end: bytes, message: FromEngine) -> None:

@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
 from fi_runtime.frontend.engine_link import EngineLink
 from fi_runtime.frontend.errors import RequestError
+from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.replies import Answer
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import parse_request
@@ -42,6 +43,7 @@ class InFlight:
     """what the engine knows its samples by"""
     answer: Answer
     responder: Responder
+    times: RequestTimes
 
 
 class TritonPythonModel:
@@ -99,6 +101,7 @@ class TritonPythonModel:
         self._closing.set()
         for thread in self._threads:
             thread.join()
+        self._metrics.close()
         self._link.close()
 
     def _attach(self, args: dict[str, str]) -> None:
@@ -123,12 +126,19 @@ class TritonPythonModel:
         self._link = EngineLink(
             config, door.engine or name, gpu, self._server_pid, door.engine_start_timeout_s
         )
+        version = {"version": args["model_version"]}
+        self._metrics = Metrics(
+            {"model": name, **version},
+            {"model": door.engine or name, **version},
+            self._link.info.max_context,
+        )
         self._tokenizer = Tokenizer.from_file(self._link.info.tokenizer)
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
     def _submit(self, request: Any, responder: Responder) -> None:
+        arrived = time.monotonic()
         tensors = {
             name: tensor.as_numpy()
             for name in self._inputs
@@ -144,7 +154,8 @@ class TritonPythonModel:
             )
         numbers = range(self._next_number, self._next_number + len(parsed.samples))
         self._next_number = numbers.stop
-        in_flight = InFlight(numbers, Answer(parsed, self._tokenizer), responder)
+        times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
+        in_flight = InFlight(numbers, Answer(parsed, self._tokenizer), responder, times)
         messages = [
             encode(Generate(self._link.name, number, parsed.prompt, params))
             for number, params in zip(numbers, parsed.samples, strict=True)
@@ -185,6 +196,8 @@ class TritonPythonModel:
             for step in steps:
                 if step.credits:
                     self._credits.release(step.credits)
+                if step.stats is not None:
+                    self._metrics.engine(step.stats)
             # What has come since the last look is sent as one response a request.
             for in_flight in self._take(itertools.chain.from_iterable(s.outputs for s in steps)):
                 self._respond(in_flight)
@@ -203,6 +216,7 @@ class TritonPythonModel:
                 touched.pop(first, None)
                 self._end(in_flight, error)
                 continue
+            self._metrics.took(in_flight.times, len(output.tokens))
             touched[first] = in_flight
             if complete:
                 self._forget(output.request, at_engine=output.finish is None)
@@ -212,6 +226,8 @@ class TritonPythonModel:
         try:
             answer = in_flight.answer
             in_flight.responder.send(answer.response(), last=answer.is_complete)
+            if answer.is_complete:
+                self._metrics.finished(in_flight.times)
         except Exception as error:
             self._end(in_flight, error)
 
