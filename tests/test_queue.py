@@ -1,0 +1,188 @@
+"""Triton's own queue holds what the engine has no room for, and its policies mean what they say."""
+
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
+
+from fi_runtime.engine.credits import Credits
+from tests.serving import (
+    KNOBS,
+    STREAMED,
+    Reference,
+    Stream,
+    engines,
+    grpc_client,
+    is_idle,
+    joined,
+    tensors_of,
+    wait_until,
+)
+from tools.repository import copy_door
+from tools.serve import TritonServer
+
+POLICY = """
+dynamic_batching {
+  priority_levels: 2
+  default_priority_level: 2
+  default_queue_policy {
+    max_queue_size: 8
+    default_timeout_microseconds: 60000000
+    allow_timeout_override: true
+  }
+}
+"""
+HELD = Credits.STANDBY + 1
+"""Requests past the queue: what the engine takes at once, and the one that `execute` waits with."""
+LONG = {"text_input": "holds the engine", "max_tokens": 3000, "temperature": 0.0, "stream": True}
+SHORT = {"text_input": "short", "max_tokens": 5, "temperature": 0.0, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def narrow(
+    reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A server that runs one sequence at a time, from one front end, one request a batch."""
+    folder = tmp_path_factory.mktemp("narrow")
+    knobs = {**KNOBS, "checkpoint": str(served_checkpoint), "max_sequences": "1"}
+    door = copy_door(STREAMED, folder / "repository" / STREAMED, knobs, instances=1)
+    config = (door / "config.pbtxt").read_text()
+    assert "dynamic_batching {}" in config
+    config = config.replace("dynamic_batching {}", POLICY)
+    config = config.replace("max_batch_size: 8", "max_batch_size: 1")
+    (door / "config.pbtxt").write_text(config)
+    with TritonServer(folder / "repository", log=folder / "log") as running:
+        running.wait_ready()
+        yield running
+
+
+class Load:
+    """Streams that hold the engine, and all that it takes beside them; closed at the end."""
+
+    def __init__(self, server: TritonServer) -> None:
+        self._server = server
+        self.holding = [Stream(server, **LONG) for _ in range(HELD)]
+        self.holding[0].next()
+        time.sleep(0.3)  # the others have left Triton's queue by then
+
+    def __enter__(self) -> "Load":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for stream in self.holding:
+            stream.close()
+        [engine] = engines(self._server)
+        wait_until(lambda: is_idle(engine), 20, "the engine is idle")
+
+
+def queued(server: TritonServer, **options: Any) -> "Queued":
+    return Queued(server, options)
+
+
+class Queued:
+    """A request with options of Triton's own, as priority and timeout in microseconds."""
+
+    def __init__(self, server: TritonServer, options: dict[str, Any]) -> None:
+        self._client = grpc_client(server)
+        self.came: list[tuple[float, Any]] = []
+        self._client.start_stream(lambda result, error: self._take(error or result))
+        inputs = tensors_of(tritonclient.grpc, SHORT)
+        self._client.async_stream_infer(
+            STREAMED, inputs, enable_empty_final_response=True, **options
+        )
+
+    def _take(self, result: Any) -> None:
+        self.came.append((time.monotonic(), result))
+
+    @property
+    def error(self) -> str:
+        failures = [r for _, r in self.came if isinstance(r, InferenceServerException)]
+        return str(failures[0]) if failures else ""
+
+    @property
+    def is_answered(self) -> bool:
+        return bool(self.came) and not self.error and self._is_last(self.came[-1][1])
+
+    def close(self) -> None:
+        self._client.stop_stream(cancel_requests=not self.is_answered and not self.error)
+        self._client.close()
+
+    @staticmethod
+    def _is_last(result: Any) -> bool:
+        return bool(result.get_response().parameters["triton_final_response"].bool_param)
+
+
+def test_a_queue_that_is_full_refuses_at_once(narrow: TritonServer) -> None:
+    with Load(narrow):
+        waiting = [queued(narrow) for _ in range(8)]
+        time.sleep(0.3)
+        assert not any(request.came for request in waiting), "they wait in Triton's queue"
+        begin = time.monotonic()
+        refused = queued(narrow)
+        wait_until(lambda: bool(refused.error), 5, "the ninth is refused")
+        assert time.monotonic() - begin < 2
+        assert "Exceeds maximum queue size" in refused.error
+        for request in (*waiting, refused):
+            request.close()
+
+
+def test_a_request_that_waits_longer_than_its_timeout_is_refused(narrow: TritonServer) -> None:
+    with Load(narrow) as load:
+        patient, hasty = queued(narrow), queued(narrow, timeout=300_000)
+        other = queued(narrow)
+        wait_until(lambda: bool(hasty.error), 5, "the hasty one is refused")
+        assert "timeout expired" in hasty.error.lower()
+        assert not patient.came
+        for stream in load.holding:
+            stream.close()
+        wait_until(lambda: patient.is_answered and other.is_answered, 20, "the others are answered")
+        for request in (patient, hasty, other):
+            request.close()
+
+
+def test_a_higher_priority_is_served_before_those_that_came_earlier(narrow: TritonServer) -> None:
+    with Load(narrow) as load:
+        low = [queued(narrow, priority=2) for _ in range(2)]
+        time.sleep(0.2)
+        high = queued(narrow, priority=1)
+        time.sleep(0.2)
+        for stream in load.holding:
+            stream.close()
+        requests = [*low, high]
+        wait_until(lambda: all(r.is_answered for r in requests), 20, "all are answered")
+        first = {request: request.came[0][0] for request in requests}
+        assert first[high] < min(first[request] for request in low)
+        for request in requests:
+            request.close()
+
+
+def test_after_a_storm_of_cancellations_everything_is_as_before(
+    narrow: TritonServer, reference: Reference
+) -> None:
+    """1,000 requests that are cancelled, in the queue, in the engine and while they stream."""
+    cancelled = 0
+    for number in itertools.count():
+        if cancelled >= 1000:
+            break
+        streams = [Stream(narrow, **LONG) for _ in range(HELD + 3)]
+        if number % 3 == 0:
+            with contextlib.suppress(InferenceServerException):  # the queue may be full of others
+                streams[0].next()
+        for stream in streams:
+            stream.close()
+        cancelled += len(streams)
+    [engine] = engines(narrow)
+    wait_until(lambda: is_idle(engine), 30, "the engine is idle")
+    for _ in range(HELD + 3):  # more than there are credits: none was lost
+        with Stream(narrow, **SHORT) as stream:
+            assert joined(list(stream)) == reference.text("short", 5)
+    at_once = [Stream(narrow, **SHORT) for _ in range(HELD + 3)]
+    for stream in at_once:
+        assert joined(list(stream)) == reference.text("short", 5)
+        stream.close()
