@@ -1,16 +1,18 @@
 """What a request may say, and what it hears when it says something else."""
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fi_runtime.frontend.errors import RequestError
-from fi_runtime.frontend.requests import Request, parse_request
+from fi_runtime.frontend.requests import Request, max_prompt_bytes, parse_request
 from fi_runtime.messages import EngineInfo
 from tests.test_text import BYTES
 
 INFO = EngineInfo(pid=1, vocab_size=256, max_context=100, tokenizer="")
+MAX_BYTES = max_prompt_bytes(BYTES, INFO)
 
 
 def tensor(value: Any) -> np.ndarray:
@@ -25,7 +27,7 @@ def tensor(value: Any) -> np.ndarray:
 
 def parse(parameters: dict[str, object] | None = None, **inputs: Any) -> Request:
     tensors = {name: tensor(value) for name, value in inputs.items()}
-    return parse_request(tensors, parameters or {}, BYTES, INFO)
+    return parse_request(tensors, parameters or {}, BYTES, INFO, MAX_BYTES)
 
 
 def refused(parameters: dict[str, object] | None = None, **inputs: Any) -> tuple[str, str]:
@@ -101,7 +103,7 @@ def test_the_answer_is_cut_to_the_context() -> None:
 
 def test_any_seed_of_64_bits_is_taken() -> None:
     biggest = np.array([[(1 << 64) - 1]], dtype=np.uint64)
-    parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, BYTES, INFO)
+    parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, BYTES, INFO, MAX_BYTES)
     assert parsed.samples[0].seed == (1 << 63) - 1
 
 
@@ -135,6 +137,11 @@ def test_any_seed_of_64_bits_is_taken() -> None:
             {"text_input": "a", "sampling_parameters": '{"logit_bias": {"5": 101}}'},
             ["logit_bias=", "<= 100"],
         ),
+        ({"text_input": "a" * 1000}, ["text_input has 1000 bytes; more than 200 do not fit"]),
+        (
+            {"text_input": "a", "sampling_parameters": json.dumps({"stop": ["x"] * 1025})},
+            ["stop=", "length <= 1024"],
+        ),
         ({"text_input": "a", "min_p": 1.5}, ["min_p=1.5", "<= 1"]),
         ({"text_input": "a", "top_k": -2}, ["top_k=-2", ">= -1"]),
         ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, ["tempo", "known are"]),
@@ -167,7 +174,7 @@ def test_what_is_wrong_is_named_with_what_is_allowed(
 def test_a_batch_in_one_request_is_refused() -> None:
     two = np.array([[b"a"], [b"b"]], dtype=np.object_)
     with pytest.raises(RequestError, match="holds one prompt"):
-        parse_request({"text_input": two}, {}, BYTES, INFO)
+        parse_request({"text_input": two}, {}, BYTES, INFO, MAX_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc
@@ -258,6 +260,27 @@ BROKEN_CONFIGS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
+ENSEMBLE = "ensemble"
+ENSEMBLE_CONFIG = """
+platform: "ensemble"
+max_batch_size: 8
+input { name: "question" data_type: TYPE_STRING dims: [ 1 ] }
+input { name: "knobs" data_type: TYPE_STRING dims: [ 1 ] }
+input { name: "stream" data_type: TYPE_BOOL dims: [ 1 ] }
+output { name: "answer" data_type: TYPE_STRING dims: [ -1 ] }
+ensemble_scheduling {
+  step {
+    model_name: "llm"
+    model_version: -1
+    input_map { key: "text_input" value: "question" }
+    input_map { key: "sampling_parameters" value: "knobs" }
+    input_map { key: "stream" value: "stream" }
+    output_map { key: "text_output" value: "answer" }
+  }
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def mixed(
     reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
@@ -272,9 +295,11 @@ def mixed(
         damage(door / "checkpoint")
     for name, (parameters, _) in BROKEN_CONFIGS.items():
         copy_door(STREAMED, repository / name, parameters, instances=1)
+    (repository / ENSEMBLE / "1").mkdir(parents=True)
+    (repository / ENSEMBLE / "config.pbtxt").write_text(ENSEMBLE_CONFIG)
     arguments = ["--model-control-mode=explicit", "--load-model=*"]
     with TritonServer(repository, arguments, log=folder / "log") as running:
-        running.wait_ready([STREAMED, UNARY])
+        running.wait_ready([STREAMED, UNARY, ENSEMBLE])
         yield running
 
 
@@ -294,6 +319,53 @@ def test_good_models_answer_beside_broken_ones(mixed: TritonServer, reference: R
     assert joined(stream(mixed, text_input="beside", max_tokens=20, temperature=0.0)) == expected
     answer = infer_http(mixed, text_input="beside", max_tokens=20, temperature=0.0).text
     assert answer == "beside" + expected
+
+
+def test_an_ensemble_streams_what_its_model_does(mixed: TritonServer, reference: Reference) -> None:
+    came: queue.Queue[Any] = queue.Queue()
+    with contextlib.closing(grpc_client(mixed)) as client:
+        client.start_stream(lambda result, error: came.put(error or result))
+        inputs = []
+        for name, datatype, value in (
+            ("question", "BYTES", b"in a chain"),
+            ("knobs", "BYTES", b'{"max_tokens": 20, "temperature": 0}'),
+            ("stream", "BOOL", True),
+        ):
+            inputs.append(tritonclient.grpc.InferInput(name, [1, 1], datatype))
+            dtype = bool if datatype == "BOOL" else object
+            inputs[-1].set_data_from_numpy(np.array([[value]], dtype=dtype))
+        client.async_stream_infer(ENSEMBLE, inputs, enable_empty_final_response=True)
+        text, final = "", False
+        while not final:
+            result = came.get(timeout=HANG_S)
+            assert not isinstance(result, Exception), result
+            final = result.get_response().parameters["triton_final_response"].bool_param
+            answer = result.as_numpy("answer")
+            if answer is not None:
+                text += answer[0, 0].decode()
+        client.stop_stream()
+    assert text == reference.text("in a chain", 20)
+
+
+def test_one_door_is_loaded_anew_while_another_streams(
+    mixed: TritonServer, reference: Reference
+) -> None:
+    [engine] = engines(mixed)
+    with (
+        contextlib.closing(grpc_client(mixed)) as client,
+        Stream(mixed, text_input="on", stream=True, max_tokens=1200, temperature=0.0) as opened,
+    ):
+        first = opened.next()
+        for _ in range(2):
+            client.unload_model(UNARY)
+            wait_until(lambda: len(stubs(mixed)) == 2, 15, "its processes have ended")
+            client.load_model(UNARY)
+            assert client.is_model_ready(UNARY)
+            answer = infer_grpc(mixed, text_input="back", max_tokens=9, temperature=0.0).text
+            assert answer == "back" + reference.text("back", 9)
+        text = first.text + joined(list(opened))
+    assert text == reference.text("on", 1200)
+    assert engines(mixed) == [engine], "the engine has been the same all along"
 
 
 # Engines that end

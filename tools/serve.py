@@ -124,6 +124,8 @@ class TritonServer:
         given = [f"--{n}={v}" for n, v in self.options.items() if option(self.arguments, n) is None]
         # So that what a killed process leaves in /dev/shm has a name of ours.
         given.append(f"--backend-config=python,shm-region-prefix-name={self.mark}")
+        # Their config.pbtxt is complete: to ask each model for more takes a process and a second.
+        given.append("--disable-auto-complete-config")
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(self.log.open("ab")) if self.log else None
             self.process = subprocess.Popen(

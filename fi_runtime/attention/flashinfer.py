@@ -5,6 +5,7 @@ long contexts. So nothing is left to it: each wrapper is told FA2, and what each
 checked when the engine starts, since what it was told lies in a private attribute.
 """
 
+import contextlib
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -247,13 +248,13 @@ class _Wrapper:
         return runs
 
     def check_workspace(self, what: str, layout: StepLayout) -> None:
-        """Ask what a step needs; older FlashInfers cannot tell before it is planned.
+        """Ask what a step needs, where FlashInfer can tell: not for FA3, nor in older versions.
 
         Raises:
             ConfigError: more than the workspace has.
         """
-        if hasattr(self._wrapper, "workspace_size"):
-            arguments, options = self._arguments(layout, torch.from_numpy(layout.pages))
+        arguments, options = self._arguments(layout, torch.from_numpy(layout.pages))
+        with contextlib.suppress(AttributeError, NotImplementedError):
             needed = self._wrapper.workspace_size(*arguments, **options)
             self._common.workspace.check(what, needed)
 

@@ -93,6 +93,7 @@ class DecodeGraphs:
                 if time.perf_counter() - told > PROGRESS_S:
                     told = time.perf_counter()
                     log.info("capturing decode graphs: %d of %d", done, len(sizes))
+                torch.cuda.empty_cache()  # as the capture does: what it frees is not its gain
                 free = torch.cuda.mem_get_info()[0]
                 self._graphs[size] = _Graph(model, attention.for_graph(size), logits[:size], pool)
                 self.nbytes[size] = free - torch.cuda.mem_get_info()[0]

@@ -37,11 +37,14 @@ def room_for_cache(
     attention = FlashInferAttention(cache, config.heads, limits, backend)
     _run_largest_step(model, attention, limits, page_size)
     step = _in_use() - weights
+    # Captures give back what torch keeps of the step, which the next step will take again.
+    torch.cuda.empty_cache()
+    before = _in_use()
     graphs = DecodeGraphs(model, attention, graph_sizes[-2:]) if graph_sizes else None
-    captured = _in_use() - weights - step
+    captured = _in_use() - before
     more = min(graphs.nbytes.values()) * (len(graph_sizes) - len(graphs.nbytes)) if graphs else 0
     total = torch.cuda.mem_get_info()[1]
-    room = int(fraction * total) - _in_use() - more
+    room = int(fraction * total) - weights - step - captured - more
     log.info(
         "memory: %.1f of %.1f GB may be used; in use before the cache: %.1f GB with the weights, "
         "%.2f GB by a step of %d tokens and its workspace, %.2f GB by %d decode graphs",
@@ -72,8 +75,8 @@ def _run_largest_step(
     attention.plan(layout)
     hidden = model(tokens, positions, attention)
     logits = model.logits(hidden[: limits.sequences])
-    half = torch.full((len(Draws._fields), len(logits)), 0.5, device=device)
-    choose(logits, Draws(*half))
+    one = torch.ones(len(logits), device=device)
+    choose(logits, Draws(temperature=one, top_k=one, top_p=one / 2, min_p=one / 2, uniform=one / 2))
 
 
 def _in_use() -> int:

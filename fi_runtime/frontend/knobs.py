@@ -13,6 +13,8 @@ from fi_runtime.messages import MAX_INT32, MAX_LOGPROBS, TokenId
 MAX_SEED = (1 << 64) - 1
 MAX_N = 128
 """answers to one prompt"""
+MAX_LIST = 1024
+"""strings or tokens in one parameter, since each costs time at every token"""
 
 
 class Knobs(msgspec.Struct, kw_only=True):
@@ -29,10 +31,12 @@ class Knobs(msgspec.Struct, kw_only=True):
     repetition_penalty: Annotated[float, Meta(gt=0.0)] = 1.0
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
-    logit_bias: dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]] = {}
-    stop: list[str] | str = []
-    stop_token_ids: list[TokenId] = []
-    bad_words: list[str] | str = []
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=MAX_LIST)
+    ] = {}
+    stop: Annotated[list[str], Meta(max_length=MAX_LIST)] | str = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_LIST)] = []
+    bad_words: Annotated[list[str], Meta(max_length=MAX_LIST)] | str = []
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False

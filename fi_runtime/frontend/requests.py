@@ -61,12 +61,14 @@ def parse_request(
     parameters: Mapping[str, object],
     tokenizer: Tokenizer,
     info: EngineInfo,
+    max_prompt_bytes: int,
 ) -> Request:
     """Check a request and make it ready for the engine.
 
     Args:
         tensors: by name, with or without a batch dimension of 1; strings as bytes objects.
         parameters: the request's own; names that are no input of ours are left alone.
+        max_prompt_bytes: of ``max_prompt_bytes``.
 
     Raises:
         RequestError: says what was given and what is allowed.
@@ -81,6 +83,7 @@ def parse_request(
             "leave exclude_input_in_output out or set it to true",
         )
     knobs = read_knobs(inputs, parameters)
+    _check_length(given.get("text_input"), max_prompt_bytes)
     prompt, text = _prompt(given, tokenizer, info)
     room = info.max_context - len(prompt)
     if room < 1:
@@ -164,6 +167,22 @@ def _text(name: str, value: object) -> str:
         return value.decode()
     except UnicodeDecodeError as error:
         raise RequestError("INVALID_ARG", f"{name} is not UTF-8: {error}") from None
+
+
+def max_prompt_bytes(tokenizer: Tokenizer, info: EngineInfo) -> int:
+    """Bytes of text beyond which no prompt can fit the context, whatever its tokens."""
+    return info.max_context * max(len(token.encode()) for token in tokenizer.get_vocab())
+
+
+def _check_length(text: object, most: int) -> None:
+    """Refuse what is too long anyway before time is spent on its tokens, which others wait for."""
+    size = len(text.encode()) if isinstance(text, str) else 0
+    if size > most:
+        raise RequestError(
+            "INVALID_ARG",
+            f"text_input has {size} bytes; more than {most} do not fit the context, whatever "
+            "their tokens",
+        )
 
 
 def _prompt(

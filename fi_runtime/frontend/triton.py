@@ -25,7 +25,7 @@ from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.replies import Answer
 from fi_runtime.frontend.repository import read_engine_config
-from fi_runtime.frontend.requests import parse_request
+from fi_runtime.frontend.requests import max_prompt_bytes, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.messages import Abort, Generate, Output, Step, encode
 
@@ -136,6 +136,7 @@ class TritonPythonModel:
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._max_prompt_bytes = max_prompt_bytes(self._tokenizer, self._link.info)
 
     def _submit(self, request: Any, responder: Responder) -> None:
         arrived = time.monotonic()
@@ -145,7 +146,9 @@ class TritonPythonModel:
             if (tensor := pb.get_input_tensor_by_name(request, name)) is not None
         }
         parameters = json.loads(request.parameters() or "{}")
-        parsed = parse_request(tensors, parameters, self._tokenizer, self._link.info)
+        parsed = parse_request(
+            tensors, parameters, self._tokenizer, self._link.info, self._max_prompt_bytes
+        )
         if parsed.flags.stream and not self._decoupled:
             raise RequestError(
                 "INVALID_ARG",

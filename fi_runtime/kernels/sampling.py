@@ -58,7 +58,7 @@ def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     weights = weights.where(weights >= least, 0.0)
     top_k = torch.where(draws.top_k > 0, draws.top_k, vocab).clamp(max=vocab).int()
     weights = sampling.top_k_renorm_probs(weights, top_k)
-    # Deterministic, or else the sum over a row would depend on which block came first.
+    # Deterministic, or else it would depend on which block came first what a row keeps.
     nucleus = sampling.top_p_renorm_probs(weights, draws.top_p, is_deterministic=True)
     # Its sums are rounded: at 1 it could still drop the unlikeliest.
     weights = torch.where(draws.top_p[:, None] < 1, nucleus, weights)
@@ -77,8 +77,8 @@ def draw_reference(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     tokens[plain] = _pick(weights[plain], draws.uniform[plain])
     descending, order = weights[sorted_].sort(dim=-1, descending=True, stable=True)
     own = Draws(*(each[sorted_] for each in draws))
-    places = _pick(_filter(descending, own), own.uniform)
-    tokens[sorted_] = order.gather(1, places[:, None])[:, 0]
+    kept = torch.zeros_like(descending).scatter_(1, order, _filter(descending, own))
+    tokens[sorted_] = _pick(kept, own.uniform)
     return tokens
 
 

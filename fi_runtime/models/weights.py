@@ -1,6 +1,7 @@
 """Reads a checkpoint's tensors from its safetensors files, by name, straight to their device."""
 
 import logging
+import math
 import zlib
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,10 +114,9 @@ class CountedWeights:
         self.nbytes = 0
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor without contents."""
-        tensor = torch.empty(shape, dtype=self._dtype, device="meta")
-        self.nbytes += tensor.nbytes
-        return tensor
+        """A tensor without elements."""
+        self.nbytes += math.prod(shape) * self._dtype.itemsize
+        return torch.empty(0, dtype=self._dtype)
 
     def close(self) -> None:
         """Nothing is held open."""
