@@ -13,8 +13,9 @@ MAX_INT32 = (1 << 31) - 1
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 RequestId = Annotated[int, Meta(ge=0)]
-FinishReason = Literal["stop", "length", "cancelled", "refused", "failed"]
-"""refused: the engine does not run such a sequence; failed: it could not go on with it"""
+FinishReason = Literal["stop", "complete", "length", "cancelled", "refused", "failed"]
+"""stop: by its last token, which is no part of the text; complete: all that its guide allows is
+said; refused: the engine does not run such a sequence; failed: it could not go on with it"""
 
 MAX_LOGPROBS = 20
 
@@ -41,6 +42,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Added to the logits of tokens."""
     bad_tokens: tuple[tuple[TokenId, ...], ...] = ()
     """Runs of tokens that are never completed."""
+    guide: str = ""
+    """What the text has to match: llguidance's serialised grammar, checked; empty for nothing."""
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_INT32)] = 0
     """Output tokens before which no token may end the sequence."""
     stop_token_ids: tuple[TokenId, ...] = ()

@@ -59,6 +59,8 @@ TYPES: dict[str, tuple[str, type]] = {
     "presence_penalty": ("FP32", np.float32),
     "frequency_penalty": ("FP32", np.float32),
     "bad_words": ("BYTES", object),
+    "guided_decoding_guide_type": ("BYTES", object),
+    "guided_decoding_guide": ("BYTES", object),
     "end_id": ("INT32", np.int32),
     "pad_id": ("INT32", np.int32),
     "stop_words": ("BYTES", object),

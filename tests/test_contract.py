@@ -1,17 +1,20 @@
 """What clients of Triton's vLLM and TensorRT-LLM backends send, and what they read."""
 
 import json
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc
+from tritonclient.utils import InferenceServerException
 
 from tests.serving import (
     VLLM,
     Reference,
     Response,
     Stream,
+    at_once,
     byte_tokenizer,
     infer_grpc,
     infer_http,
@@ -290,3 +293,130 @@ def test_words_of_the_answer_survive_every_cut(server: TritonServer) -> None:
         tokens = [token for r in responses for token in list_of(r, "token_ids")]
         assert joined(responses) == tokenizer.decode(tokens)
         assert not any("\N{REPLACEMENT CHARACTER}" in r.text for r in responses[:-1])
+
+
+# Guided decoding
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def fits(text: str) -> bool:
+    """Whether a text is JSON that the schema allows, by its words."""
+    found = json.loads(text)
+    return (
+        found.keys() <= {"name", "age", "tags"}
+        and len(found["name"]) <= 8
+        and type(found["age"]) is int
+        and 0 <= found["age"] <= 120
+        and set(found.get("tags", [])) <= {"a", "b"}
+        and len(found.get("tags", [])) <= 3
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_answers_fit_the_schema_at_any_temperature(
+    server: TritonServer, temperature: float
+) -> None:
+    guide = {"json": SCHEMA, "disable_any_whitespace": True}
+    knobs = sampling(n=8, temperature=temperature, max_tokens=120, structured_outputs=guide)
+    response = infer_grpc(
+        server,
+        text_input="as JSON: ",
+        sampling_parameters=knobs,
+        exclude_input_in_output=True,
+        return_finish_reason=True,
+    )
+    assert list_of(response, "finish_reason") == ["stop"] * 8
+    for text in list_of(response, "text_output"):
+        assert fits(text), text
+
+
+@pytest.mark.parametrize(
+    ("guide", "pattern"),
+    [
+        ({"regex": "[A-F]{3}-[0-9]{2,4}"}, "[A-F]{3}-[0-9]{2,4}"),
+        ({"choice": ["yes", "no", "né"]}, "yes|no|né"),
+        ({"grammar": 'start: "<" WORD ">"\nWORD: /[a-z]{1,5}/'}, "<[a-z]{1,5}>"),
+        ({"json_object": True, "disable_any_whitespace": True}, r"\{.*"),
+    ],
+    ids=["regex", "choice", "grammar", "json_object"],
+)
+def test_answers_match_their_guide(
+    server: TritonServer, guide: dict[str, Any], pattern: str
+) -> None:
+    for seed in range(4):
+        knobs = sampling(temperature=1.0, seed=seed, max_tokens=40, structured_outputs=guide)
+        text = joined(stream(server, text_input="guided", sampling_parameters=knobs))
+        assert re.fullmatch(pattern, text), text
+
+
+def test_tensorrt_llms_guides(server: TritonServer) -> None:
+    inputs = {"text_input": "guided", "max_tokens": 30, "exclude_input_in_output": True}
+    response = infer_http(
+        server, **inputs, guided_decoding_guide_type="regex", guided_decoding_guide="(ab){2,3}"
+    )
+    assert re.fullmatch("(ab){2,3}", response.text)
+    response = infer_grpc(
+        server,
+        **inputs,
+        guided_decoding_guide_type="json_schema",
+        guided_decoding_guide='{"enum": [7, 42]}',
+    )
+    assert json.loads(response.text) in (7, 42)
+
+
+def test_guided_and_free_requests_share_batches(server: TritonServer, reference: Reference) -> None:
+    expected = "free" + reference.text("free", TOKENS)
+
+    def free() -> str:
+        return infer_grpc(server, text_input="free", max_tokens=TOKENS, **GREEDY).text
+
+    def tied(seed: int) -> str:
+        knobs = sampling(temperature=1.0, seed=seed, structured_outputs={"regex": "x{20}"})
+        return infer_grpc(server, text_input="tied ", sampling_parameters=knobs).text
+
+    calls = [free, lambda: tied(1), lambda: tied(2)] * 6
+    results = at_once(calls)
+    assert results[0::3] == [expected] * 6
+    assert set(results[1::3] + results[2::3]) == {"tied " + "x" * 20}
+
+
+def test_bans_give_way_where_a_guide_leaves_no_choice(server: TritonServer) -> None:
+    knobs = sampling(structured_outputs={"regex": "aaa"}, bad_words=["a"], min_tokens=20)
+    response = infer_grpc(
+        server, text_input="b", sampling_parameters=knobs, exclude_input_in_output=True
+    )
+    assert response.text == "aaa"
+
+
+@pytest.mark.parametrize(
+    ("knobs", "words"),
+    [
+        ({"structured_outputs": {"regex": "a(b"}}, ["structured_outputs: regex='a(b'", "unclosed"]),
+        ({"structured_outputs": {"json": "{"}}, ["structured_outputs: json", "JSON schema"]),
+        ({"structured_outputs": {"json": {"type": "nothing"}}}, ["nothing"]),
+        ({"structured_outputs": {"choice": []}}, ["the list is empty"]),
+        ({"guided_decoding": {"regex": "a", "choice": ["b"]}}, ["regex and choice"]),
+        (
+            {"guided_decoding": {"regex": "a"}, "structured_outputs": {"regex": "b"}},
+            ["structured_outputs and guided_decoding are given"],
+        ),
+    ],
+)
+def test_guides_that_do_not_compile_are_refused(
+    server: TritonServer, knobs: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        infer_grpc(server, text_input="a", sampling_parameters=sampling(**knobs))
+    assert caught.value.status() == "StatusCode.INVALID_ARGUMENT"
+    for word in words:
+        assert word in caught.value.message()

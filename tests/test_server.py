@@ -631,11 +631,9 @@ def test_all_front_ends_share_the_one_process_that_holds_the_weights(server: Tri
     [engine] = engines(server)
     front_ends = stubs(server)
     assert len(front_ends) == 6, "two instances of each door"
-    assert {p.pid for p in processes(server)} == {
-        server.pid,
-        engine.pid,
-        *(p.pid for p in front_ends),
-    }
+    # Guides of clients are checked in small processes that are neither.
+    others = {p.pid for p in processes(server) if "fi_runtime.guide_checker" not in p.cmdline()}
+    assert others == {server.pid, engine.pid, *(p.pid for p in front_ends)}
     assert maps_torch(engine)
     for process in (psutil.Process(server.pid), *front_ends):
         assert not maps_torch(process), process

@@ -3,13 +3,16 @@
 import itertools
 import logging
 from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fi_runtime.cache.pages import PagePool
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import build
+from fi_runtime.engine.guides import DeadEnd, Guide, Guides
 from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Sampled
 from fi_runtime.engine.scheduler import Scheduler
@@ -17,6 +20,9 @@ from fi_runtime.engine.sequence import Sequence, SequenceKey
 from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats
 
 log = logging.getLogger(__name__)
+
+COMPILE_WAIT_S = 0.02
+"""for a guide, while there is nothing else to do; messages wait as long at most"""
 
 
 class BadRequest(ValueError):
@@ -38,13 +44,19 @@ class Engine:
 
     Args:
         config: all that it is to be.
+        tokenizer: the checkpoint's tokenizer.json, for guided sequences; None refuses them.
         phases: told of each phase of the start.
 
     Raises:
         ConfigError: the checkpoint, a knob or the machine cannot be served; says why.
     """
 
-    def __init__(self, config: EngineConfig, phases: Phases | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        phases: Phases | None = None,
+        tokenizer: Path | None = None,
+    ) -> None:
         built = build(config, phases or Phases())
         self.model_config = built.model_config
         self.max_context = built.max_context
@@ -55,6 +67,12 @@ class Engine:
         )
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._preemptions_told = 0
+        model = self.model_config
+        self._guides = Guides(tokenizer, model.vocab_size, model.eos_ids) if tokenizer else None
+        # On a thread of their own, since one may take half a second and all others would wait.
+        self._compiler = ThreadPoolExecutor(1, "guides")
+        self._compiling: dict[SequenceKey, Future[Guide]] = {}
+        """of sequences that no scheduler knows of yet"""
 
     @property
     def busy(self) -> bool:
@@ -84,15 +102,23 @@ class Engine:
             )
         end_ids = self.model_config.eos_ids if params.end_ids is None else params.end_ids
         ending = (*params.stop_token_ids, *(() if params.ignore_eos else end_ids))
+        if params.guide and self._guides is None:
+            raise BadRequest("guided decoding needs the checkpoint's tokenizer")
         self._sequences[key] = Sequence(key, list(prompt), params, frozenset(ending))
-        self.scheduler.add(self._sequences[key])
+        if params.guide and self._guides is not None:
+            self._compiling[key] = self._compiler.submit(self._guides.start, params.guide)
+        else:
+            self.scheduler.add(self._sequences[key])
 
     def abort(self, key: SequenceKey) -> bool:
         """End a sequence and free its pages; false if there is no such sequence any more."""
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return False
-        self.scheduler.remove(sequence)
+        if (compiling := self._compiling.pop(key, None)) is not None:
+            compiling.cancel()
+        else:
+            self.scheduler.remove(sequence)
         return True
 
     def keys_of(self, front_end: bytes) -> list[SequenceKey]:
@@ -112,9 +138,10 @@ class Engine:
 
     def step(self) -> list[tuple[SequenceKey, Output]]:
         """Compute one step; what it gave each sequence that has a new token."""
+        refused = self._take_guides()
         chunks = self.scheduler.schedule()
         if not chunks:
-            return []
+            return refused
         completing = [chunk.sequence for chunk in chunks if chunk.completes]
         try:
             sampled = self._runner.run(chunks)
@@ -125,10 +152,27 @@ class Engine:
             return [self._give_up(chunk.sequence, error) for chunk in chunks]
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.count
-        return [
+        return refused + [
             (sequence.key, self._advance(sequence, new))
             for sequence, new in zip(completing, sampled, strict=True)
         ]
+
+    def _take_guides(self) -> list[tuple[SequenceKey, Output]]:
+        """Queue the sequences whose guides have been compiled; what those get that cannot be."""
+        refused = []
+        if self._compiling and len(self._compiling) == len(self._sequences):
+            # Nothing else to do: wait, or else the loop would only ask again.
+            wait(self._compiling.values(), timeout=COMPILE_WAIT_S, return_when=FIRST_COMPLETED)
+        for key in [key for key, compiling in self._compiling.items() if compiling.done()]:
+            try:
+                self._sequences[key].guide = self._compiling[key].result()
+            except Exception as error:
+                self.abort(key)
+                refused.append((key, Output(key[1], [], None, "refused", str(error))))
+            else:
+                del self._compiling[key]
+                self.scheduler.add(self._sequences[key])
+        return refused
 
     def generate(
         self, prompts: Iterable[list[int]], params: SamplingParams | list[SamplingParams]
@@ -158,6 +202,15 @@ class Engine:
 
     def _advance(self, sequence: Sequence, new: Sampled) -> Output:
         """Append a token; where it ends the sequence, free its pages."""
+        try:
+            if sequence.guide is not None:
+                if new.dead_end:
+                    raise DeadEnd(new.dead_end)
+                sequence.guide.advance(new.token)
+        except (DeadEnd, ValueError) as error:
+            self.abort(sequence.key)
+            reason = f"its guide cannot be followed any further: {error}"
+            return Output(sequence.key[1], [], None, "failed", reason)
         sequence.tokens.append(new.token)
         finish = self._finish_reason(sequence, new.token)
         if finish is not None:
@@ -172,6 +225,8 @@ class Engine:
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         if token in sequence.end_ids:
             return "stop"
+        if sequence.guide is not None and sequence.guide.is_complete:
+            return "complete"
         if sequence.num_generated >= sequence.params.max_tokens:
             return "length"
         return None

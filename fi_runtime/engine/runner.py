@@ -8,6 +8,7 @@ import torch
 from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout
 from fi_runtime.engine import sampler
 from fi_runtime.engine.decode_graphs import DecodeGraphs
+from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
 from fi_runtime.engine.sequence import Chunk
 from fi_runtime.messages import TokenLogprob
@@ -21,6 +22,8 @@ class Sampled:
 
     token: int
     logprobs: list[TokenLogprob] | None
+    dead_end: str = ""
+    """why its guide lets no token follow; the token means nothing then"""
 
 
 class Runner:
@@ -61,13 +64,19 @@ class Runner:
             ]
             logits = self._model.logits(hidden[last_rows])
         wanted = edited(logits, sequences)
+        dead_ends: dict[int, str] = {}
+        if any(sequence.guide for sequence in sequences):
+            wanted, dead_ends = guided(logits, wanted, [sequence.guide for sequence in sequences])
         if graphs is not None and wanted is logits:
             chosen = graphs.choose(draws, len(sequences))
         else:
             chosen = sampler.choose(wanted, draws)
         found: list[int] = chosen.tolist()
         reported = sampler.logprobs(logits, found, params)
-        return [Sampled(*pair) for pair in zip(found, reported, strict=True)]
+        return [
+            Sampled(token, logprobs, dead_ends.get(row, ""))
+            for row, (token, logprobs) in enumerate(zip(found, reported, strict=True))
+        ]
 
     def _forward(self, layout: StepLayout, tokens: Int64s, positions: Int32s) -> torch.Tensor:
         """Hidden states of all the step's tokens: (tokens, hidden)."""

@@ -1,5 +1,6 @@
 from dataclasses import dataclass, field
 
+from fi_runtime.engine.guides import Guide
 from fi_runtime.messages import SamplingParams
 
 SequenceKey = tuple[bytes, int]
@@ -16,6 +17,8 @@ class Sequence:
     params: SamplingParams
     end_ids: frozenset[int] = frozenset()
     """tokens that end it"""
+    guide: Guide | None = None
+    """what its text has to match, as far as it has come"""
     prompt_length: int = field(init=False)
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0

@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
     try:
         config = msgspec.json.decode(folder.config.read_bytes(), type=EngineConfig)
         tokenizer = tokenizer_file(Path(config.checkpoint), folder.path)
-        engine = Engine(config, phases)
+        engine = Engine(config, phases, tokenizer)
     except ConfigError as error:
         return _fail(folder, str(error))
     except Exception as error:

@@ -42,6 +42,12 @@ class Knobs(msgspec.Struct, kw_only=True):
     ignore_eos: bool = False
     end_id: TokenId | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    structured_outputs: Any = None
+    guided_decoding: Any = None
+    """an older name of the same"""
+    guided_decoding_guide_type: str = ""
+    guided_decoding_guide: str = ""
+    """TensorRT-LLM's names"""
 
 
 ALIASES = {"min_length": "min_tokens", "random_seed": "seed"}
@@ -58,10 +64,6 @@ NEUTRAL: dict[str, object] = {
     "spaces_between_special_tokens": True,
     "detokenize": True,
     "truncate_prompt_tokens": None,
-    "guided_decoding": None,
-    "guided_decoding_guide_type": None,
-    "guided_decoding_guide": None,
-    "structured_outputs": None,
     "logits_processors": None,
 }
 

@@ -16,6 +16,9 @@ from fi_runtime.messages import Output, TokenLogprob
 
 Tensors = dict[str, npt.NDArray[Any]]
 
+REASONS = {"complete": "stop"}
+"""What clients are told, where it is not the engine's own word."""
+
 
 @dataclass
 class _Group:
@@ -151,7 +154,7 @@ class _Sample:
         if output.finish is not None and not self.finish:
             self._search(self._text.flush())
             self.group.text += self._stops.flush()
-            self.finish = self.finish or output.finish
+            self.finish = self.finish or REASONS.get(output.finish, output.finish)
 
     def take_group(self) -> _Group:
         """What is new since the last call."""

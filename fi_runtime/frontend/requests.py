@@ -11,6 +11,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from fi_runtime.frontend.errors import RequestError
+from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
 from fi_runtime.frontend.knobs import Knobs, as_list, convert, read_knobs
 from fi_runtime.messages import EngineInfo, SamplingParams
 
@@ -125,12 +126,28 @@ def _params(knobs: Knobs, flags: Flags, tokenizer: Tokenizer, room: int) -> Samp
         presence_penalty=knobs.presence_penalty,
         frequency_penalty=knobs.frequency_penalty,
         logit_bias=knobs.logit_bias,
+        guide=_guide(knobs),
         bad_tokens=_bad_tokens(as_list(knobs.bad_words), tokenizer),
         stop_token_ids=tuple(knobs.stop_token_ids),
         end_ids=None if knobs.end_id is None else (knobs.end_id,),
         ignore_eos=knobs.ignore_eos,
         logprobs=0 if knobs.logprobs is None and needs_logprobs else knobs.logprobs,
     )
+
+
+def _guide(knobs: Knobs) -> str:
+    """What the answer has to match, in the form that the engine takes; empty for nothing."""
+    guides = {
+        "structured_outputs": guide_of_vllm(knobs.structured_outputs),
+        "guided_decoding": guide_of_vllm(knobs.guided_decoding, "guided_decoding"),
+        "guided_decoding_guide": guide_of_tensorrt(
+            knobs.guided_decoding_guide_type, knobs.guided_decoding_guide
+        ),
+    }
+    given = [name for name, guide in guides.items() if guide]
+    if len(given) > 1:
+        raise RequestError("INVALID_ARG", f"{' and '.join(given)} are given; give one")
+    return guides[given[0]] or "" if given else ""
 
 
 def _bad_tokens(words: list[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -1,0 +1,244 @@
+"""Guided decoding: which tokens a schema, a regex or a grammar lets follow."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import Tokenizer
+
+from fi_runtime.guide_checker import LIMITS
+from fi_runtime.upload import upload
+
+Words = npt.NDArray[np.uint32]
+"""A bit for each token, the lowest first"""
+
+END = "<|end of the guide|>"
+"""Stands for all of a model's end-of-sequence tokens, which may be none or unknown to its
+tokenizer; llguidance needs one."""
+
+
+class DeadEnd(Exception):
+    """No token of the vocabulary may follow."""
+
+
+def mask_words(vocab_size: int) -> int:
+    """Length of a row of a mask."""
+    return -(-vocab_size // 32)
+
+
+@dataclass(frozen=True)
+class _Vocabulary:
+    tokenizer: LLTokenizer
+    """with END as its last token"""
+    end: int
+    keep: Words
+    """(mask_words,): tokens that may be text, which END and the ends of a sequence are not"""
+    ends: Words
+    """(mask_words,): those that end a sequence"""
+    eos_ids: frozenset[int]
+
+
+class Guides:
+    """What guides of one model share. Built at the first use: it takes up to a second.
+
+    Args:
+        tokenizer_file: its tokenizer.json.
+        vocab_size: the width of the logits.
+        eos_ids: tokens that end a sequence; any number of them.
+    """
+
+    def __init__(self, tokenizer_file: Path, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        self._file = tokenizer_file
+        self._vocab_size = vocab_size
+        self._eos_ids = frozenset(eos_ids)
+
+    def start(self, guide: str) -> "Guide":
+        """A guide at its beginning.
+
+        Args:
+            guide: llguidance's serialised grammar, which ``fi_runtime.frontend.guides`` makes and
+                has checked: one that was not can take minutes, or end the process.
+
+        Raises:
+            ValueError: it does not compile, no token of this vocabulary begins it, or llguidance
+                cannot read the tokenizer; says why.
+        """
+        matcher = LLMatcher(self._vocabulary.tokenizer, guide, log_level=0, limits=LIMITS)
+        if matcher.is_error():
+            raise ValueError(f"the guide does not compile: {_first_line(matcher)}")
+        made = Guide(matcher, self._vocabulary)
+        try:
+            made.fill(np.empty(mask_words(self._vocab_size), dtype=np.int32))
+        except DeadEnd as error:
+            raise ValueError(f"the guide cannot begin: {error}") from None
+        return made
+
+    @cached_property
+    def _vocabulary(self) -> _Vocabulary:
+        tokenizer = Tokenizer.from_file(str(self._file))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.add_special_tokens([END])
+        end = tokenizer.token_to_id(END)
+        assert end is not None
+        try:
+            made = LLTokenizer(tokenizer.to_str(), eos_token=end)
+        except ValueError as error:
+            raise ValueError(f"guides cannot be used with {self._file}: {error}") from error
+        keep = np.arange(32 * mask_words(self._vocab_size)) < self._vocab_size
+        ends = np.zeros_like(keep)
+        ends[[token for token in self._eos_ids if token < self._vocab_size]] = True
+        keep &= ~ends
+        keep[end : end + 1] = False
+        return _Vocabulary(made, end, _packed(keep), _packed(ends), self._eos_ids)
+
+
+class Guide:
+    """What has been generated of a guided sequence, and what may follow.
+
+    Where the text that follows is settled, only the tokens that the tokenizer writes it with are
+    allowed. Not for two threads at once.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary) -> None:
+        self._matcher = matcher
+        self._vocabulary = vocabulary
+        self._ended = False
+        self._next: tuple[Words, bool] | None = None
+        """tokens of text that may follow, and whether an end may; None until asked for"""
+
+    def fill(self, row: npt.NDArray[np.int32]) -> None:
+        """Write the mask of the tokens that may come next.
+
+        Args:
+            row: (mask_words(vocab_size),); its bits are set for tokens that are allowed. Those of
+                end-of-sequence tokens are set exactly where the guide may end, whatever text such
+                a token stands for; those beyond the vocabulary never.
+
+        Raises:
+            DeadEnd: nothing may follow, so that the sequence has to be given up: the grammar leads
+                nowhere, its text cannot be written with the vocabulary, or it became too complex;
+                or the guide is complete and there is no end-of-sequence token. The row is zero.
+        """
+        row[:] = 0
+        text, may_end = self._allowed()
+        allowed = text | self._vocabulary.ends if may_end else text
+        if not allowed.any():
+            raise DeadEnd(
+                "it is complete, and the model has no end-of-sequence token"
+                if may_end
+                else "its text cannot be written with the tokens of the model"
+            )
+        row[:] = allowed.view(np.int32)
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen.
+
+        Raises:
+            ValueError: it was not allowed.
+        """
+        if self._ended:
+            taken = False
+        elif token in self._vocabulary.eos_ids:
+            taken = self._ended = self._matcher.is_accepting()
+        else:
+            taken = token != self._vocabulary.end and self._matcher.consume_token(token)
+        if not taken:
+            raise ValueError(f"token {token} is not allowed by the guide")
+        self._next = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end can follow: the sequence has to finish."""
+        if self._ended:
+            return True
+        if self._matcher.is_error() or not self._matcher.is_accepting():
+            return False
+        try:
+            text, may_end = self._allowed()
+        except DeadEnd:  # for fill to tell
+            return False
+        return may_end and not text.any()
+
+    def _allowed(self) -> tuple[Words, bool]:
+        keep = self._vocabulary.keep
+        if self._ended:
+            return np.zeros_like(keep), True
+        if self._next is None:
+            mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
+            if self._matcher.is_error():
+                raise DeadEnd(_first_line(self._matcher))
+            end = self._vocabulary.end
+            text = np.zeros_like(keep)
+            shared = min(len(mask), len(keep))
+            text[:shared] = mask[:shared] & keep[:shared]
+            self._next = text, bool(mask[end // 32] >> np.uint32(end % 32) & 1)
+        return self._next
+
+
+def apply(logits: torch.Tensor, rows: list[int], masks: npt.NDArray[np.int32]) -> None:
+    """Set the logits of tokens that are not allowed to -inf, in place.
+
+    Args:
+        logits: (sequences, vocab), floating point, on any device.
+        rows: (guided,), those of the logits that have masks, each once.
+        masks: (guided, mask_words(vocab)), of ``Guide.fill``. The logits of an empty one are left
+            as they are: nothing could be drawn from a row without a finite value. Its sequence has
+            met a dead end, and whatever is drawn for it has to be thrown away.
+    """
+    filled = np.where(masks.any(axis=1, keepdims=True), masks, np.int32(-1))
+    octets = upload(filled.view(np.uint8), logits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    allowed = (octets[:, :, None] >> shifts & 1).flatten(1)[:, : logits.shape[1]]
+    at = upload(np.array(rows, dtype=np.int64), logits.device)
+    masked = logits.index_select(0, at).masked_fill_(allowed == 0, float("-inf"))
+    logits.index_copy_(0, at, masked)
+
+
+def guided(
+    logits: torch.Tensor, edited: torch.Tensor, guides: Sequence[Guide | None]
+) -> tuple[torch.Tensor, dict[int, str]]:
+    """The edited logits of tokens that each row's guide allows, if it has one.
+
+    Where what a request bans beside leaves nothing that its guide allows, the guide alone counts.
+    The masks are made while the device still computes the logits.
+
+    Args:
+        logits: (rows, vocab), as the model gave them; stay as they are.
+        edited: (rows, vocab), with biases, bans and penalties; stay as they are, too.
+        guides: of each row.
+
+    Returns:
+        (rows, vocab), and why there is a dead end for rows that have met one.
+    """
+    dead_ends = {}
+    rows = [row for row, guide in enumerate(guides) if guide is not None]
+    masks = np.zeros((len(rows), mask_words(logits.shape[1])), dtype=np.int32)
+    for place, row in enumerate(rows):
+        guide = guides[row]
+        assert guide is not None
+        try:
+            guide.fill(masks[place])
+        except DeadEnd as error:
+            dead_ends[row] = str(error)
+    result = edited.clone()
+    apply(result, rows, masks)
+    if edited is not logits:
+        alone = logits.clone()
+        apply(alone, rows, masks)
+        empty = result.amax(dim=-1, keepdim=True) == float("-inf")
+        result = torch.where(empty, alone, result)
+    return result, dead_ends
+
+
+def _packed(bits: npt.NDArray[np.bool_]) -> Words:
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
+def _first_line(matcher: LLMatcher) -> str:
+    return matcher.get_error().partition("\n")[0]
