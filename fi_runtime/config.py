@@ -18,6 +18,9 @@ LoadFormat = Literal["safetensors", "dummy"]
 Config = TypeVar("Config", bound=msgspec.Struct)
 
 
+MAX_INT32 = (1 << 31) - 1
+
+
 class ConfigError(ValueError):
     """A knob, a checkpoint or a machine that cannot be served, with what to do about it."""
 
@@ -123,6 +126,14 @@ class DoorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     engine: Annotated[
         str, Meta(pattern=r"^[A-Za-z0-9_.-]*$", description="model whose engine to use; '': own")
     ] = ""
+    stream_interval: Annotated[
+        int,
+        Meta(ge=1, le=MAX_INT32, description="tokens that a streamed response waits for"),
+    ] = 1
+    max_group_tokens: Annotated[
+        int,
+        Meta(ge=0, le=MAX_INT32, description="tokens a streamed response has at most; 0: any"),
+    ] = 0
     engine_start_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds to wait for the engine to load its checkpoint")
     ] = 600.0

@@ -1,7 +1,8 @@
 """What the engine gives a request, to the tensors that its client reads."""
 
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -12,21 +13,44 @@ from tokenizers import Tokenizer
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request
 from fi_runtime.frontend.text import StopStrings, TextStream
-from fi_runtime.messages import Output, TokenLogprob
+from fi_runtime.messages import MAX_INT32, Output, TokenLogprob
 
 Tensors = dict[str, npt.NDArray[Any]]
 
-REASONS = {"complete": "stop"}
+REASONS: dict[str, str] = {"complete": "stop"}
 """What clients are told, where it is not the engine's own word."""
 
 
-@dataclass
-class _Group:
-    """Tokens that no response has been sent for yet."""
+@dataclass(frozen=True)
+class Grouping:
+    """How many new tokens of an answer a streamed response has."""
 
+    least: int = 1
+    """all but the last response"""
+    most: int = MAX_INT32
+
+
+@dataclass
+class _Piece:
+    """A token that no response has been sent for yet."""
+
+    token: int
+    logprobs: list[TokenLogprob]
+    """its own first; empty where nobody asked"""
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    """that it completed"""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """What one response says of a sample."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[list[TokenLogprob]]
+    cumulative_logprob: float
+    finish: str
+    """empty before the sample's last token"""
 
 
 class Answer:
@@ -35,14 +59,17 @@ class Answer:
     Has as many samples as the request asked for. Not safe for use by several threads.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+    def __init__(self, request: Request, tokenizer: Tokenizer, grouping: Grouping) -> None:
         self._flags = request.flags
+        self._grouping = grouping
         self._prompt_length = len(request.prompt)
         self._wants_logprobs = request.logprobs
         self._tokenizer = tokenizer
         self._samples = [
             _Sample(request, params.min_tokens, tokenizer) for params in request.samples
         ]
+        self.is_over = False
+        """whether its last response has been taken"""
 
     def take(self, sample: int, output: Output) -> bool:
         """Add an output of the engine to a sample; whether that sample is complete.
@@ -62,23 +89,23 @@ class Answer:
         return bool(self._samples[sample].finish)
 
     @property
-    def is_complete(self) -> bool:
-        return all(sample.finish for sample in self._samples)
-
-    @property
     def has_response(self) -> bool:
-        """Whether there is a response to send: when streaming for any token, else at the end."""
-        new = any(sample.group.tokens for sample in self._samples)
-        return self.is_complete or (self._flags.stream and new)
+        """Whether there is a response to send: when streaming for new tokens, else at the end."""
+        if self.is_over or all(sample.finish for sample in self._samples):
+            return not self.is_over
+        new = max(len(sample.new) for sample in self._samples)
+        return self._flags.stream and new >= self._grouping.least
 
     def response(self) -> Tensors:
-        """The output tensors for all tokens since the last call; (samples,) unless said."""
-        flags, samples = self._flags, self._samples
-        groups = [sample.take_group() for sample in samples]
+        """The output tensors for the next group of tokens; (samples,) unless said."""
+        flags = self._flags
+        most = self._grouping.most if flags.stream else MAX_INT32
+        groups = [sample.next_group(most) for sample in self._samples]
+        self.is_over = all(group.finish for group in groups)
         tensors: Tensors = {"text_output": _strings(group.text for group in groups)}
         if flags.return_finish_reason:
-            tensors["finish_reason"] = _strings(sample.finish or "None" for sample in samples)
-        cumulative = np.array([s.cumulative_logprob for s in samples], dtype=np.float32)
+            tensors["finish_reason"] = _strings(group.finish or "None" for group in groups)
+        cumulative = np.array([group.cumulative_logprob for group in groups], dtype=np.float32)
         if flags.return_cumulative_logprob:
             tensors["cumulative_logprob"] = cumulative
         if flags.return_logprobs:
@@ -130,8 +157,10 @@ class _Sample:
         self._stops = StopStrings(request.stop, request.include_stop)
         self._min_tokens = min_tokens
         self._count = 0
-        self.group = _Group(text=request.echo)
-        self.cumulative_logprob = 0.0
+        self._before = request.echo
+        """text to send before the first token's"""
+        self._cumulative_logprob = 0.0
+        self.new: deque[_Piece] = deque()
         self.finish = ""
         """why it is complete, once it is"""
 
@@ -140,32 +169,38 @@ class _Sample:
             if self.finish:
                 return
             self._count += 1
-            self.group.tokens.append(token)
-            if output.logprobs is not None:
-                self.group.logprobs.append(output.logprobs[index])
-                self.cumulative_logprob += output.logprobs[index][0].logprob
-            if output.finish == "stop" and index == len(output.tokens) - 1:
-                continue  # the token that stopped it is counted, but no part of the text
-            text = self._text.feed(token)
-            if self._count <= self._min_tokens:
-                self.group.text += text
-            else:
-                self._search(text)
-        if output.finish is not None and not self.finish:
-            self._search(self._text.flush())
-            self.group.text += self._stops.flush()
-            self.finish = self.finish or REASONS.get(output.finish, output.finish)
+            logprobs = [] if output.logprobs is None else output.logprobs[index]
+            piece = _Piece(token, logprobs)
+            self.new.append(piece)
+            finish = output.finish if index == len(output.tokens) - 1 else None
+            if finish != "stop":  # whose token is no part of the text
+                piece.text = self._cut(self._text.feed(token))
+            if finish is not None and not self.finish:
+                piece.text += self._cut(self._text.flush()) + self._stops.flush()
+                self.finish = self.finish or REASONS.get(finish, finish)
 
-    def take_group(self) -> _Group:
-        """What is new since the last call."""
-        group, self.group = self.group, _Group()
-        return group
+    def next_group(self, most: int) -> _Group:
+        """The first tokens that are new, and no longer are."""
+        pieces = [self.new.popleft() for _ in range(min(most, len(self.new)))]
+        text, self._before = self._before + "".join(piece.text for piece in pieces), ""
+        logprobs = [piece.logprobs for piece in pieces if piece.logprobs]
+        self._cumulative_logprob += sum(row[0].logprob for row in logprobs)
+        return _Group(
+            text=text,
+            tokens=[piece.token for piece in pieces],
+            logprobs=logprobs,
+            cumulative_logprob=self._cumulative_logprob,
+            finish="" if self.new else self.finish,
+        )
 
-    def _search(self, text: str) -> None:
-        found, stopped = self._stops.feed(text)
-        self.group.text += found
+    def _cut(self, text: str) -> str:
+        """The text that may be sent, up to the stop string that ends it."""
+        if self._count <= self._min_tokens:
+            return text
+        text, stopped = self._stops.feed(text)
         if stopped:
             self.finish = "stop"
+        return text
 
 
 def _padded(rows: list[list[float]]) -> npt.NDArray[np.float32]:

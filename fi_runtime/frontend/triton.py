@@ -23,11 +23,11 @@ from fi_runtime.config import ConfigError, Device, engine_config, split_paramete
 from fi_runtime.frontend.engine_link import EngineLink
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
-from fi_runtime.frontend.replies import Answer
+from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import max_prompt_bytes, parse_request
 from fi_runtime.frontend.responder import Responder
-from fi_runtime.messages import Abort, Generate, Output, Step, encode
+from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, Step, encode
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ class TritonPythonModel:
             for key, value in json.loads(args["model_config"]).get("parameters", {}).items()
         }
         door, own = split_parameters(parameters, name)
+        self._grouping = Grouping(door.stream_interval, door.max_group_tokens or MAX_INT32)
         if door.engine:
             config = read_engine_config(folder.parent / door.engine, device)
         else:
@@ -158,7 +159,9 @@ class TritonPythonModel:
         numbers = range(self._next_number, self._next_number + len(parsed.samples))
         self._next_number = numbers.stop
         times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
-        in_flight = InFlight(numbers, Answer(parsed, self._tokenizer), responder, times)
+        in_flight = InFlight(
+            numbers, Answer(parsed, self._tokenizer, self._grouping), responder, times
+        )
         messages = [
             encode(Generate(self._link.name, number, parsed.prompt, params))
             for number, params in zip(numbers, parsed.samples, strict=True)
@@ -226,10 +229,11 @@ class TritonPythonModel:
         return [in_flight for in_flight in touched.values() if in_flight.answer.has_response]
 
     def _respond(self, in_flight: InFlight) -> None:
+        answer = in_flight.answer
         try:
-            answer = in_flight.answer
-            in_flight.responder.send(answer.response(), last=answer.is_complete)
-            if answer.is_complete:
+            while answer.has_response:
+                in_flight.responder.send(answer.response(), last=answer.is_over)
+            if answer.is_over:
                 self._metrics.finished(in_flight.times)
         except Exception as error:
             self._end(in_flight, error)

@@ -70,7 +70,8 @@ def prebuild(
 def claim(out: Path, manifest: dict[str, str]) -> None:
     """Write down what the folder's kernels are for, and see that all in it are for that."""
     found = prebuilt_manifest(out)
-    if found is None and any(out.glob("*/*.so")):
+    modules = (path for path in out.glob("*/*.so") if path.parent.name == path.stem)
+    if found is None and any(modules):
         raise ConfigError(f"{out}: holds kernels and no {MANIFEST}; name an empty folder")
     if found not in (None, manifest):
         raise ConfigError(
@@ -137,7 +138,9 @@ def _cuda_home(path: str) -> Path | None:
     candidates += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
     candidates += [DEFAULT_CUDA_HOME]
     homes = (Path(candidate) for candidate in candidates if candidate)
-    return next((home for home in homes if (home / "bin" / "nvcc").exists()), None)
+    # Its headers, too: an nvcc on PATH may be a script that only calls another.
+    parts = ("bin/nvcc", "include/cuda_runtime.h")
+    return next((home for home in homes if all((home / part).exists() for part in parts)), None)
 
 
 def _libcuda(home: Path, scratch: Path) -> Path:
