@@ -34,7 +34,7 @@ def started(model: str, kernels: Path | None) -> Iterator[tuple[TritonServer, di
     """A server of one model that is ready, and the row of its start."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        server = TritonServer(_repository(model, folder, kernels), log=folder / "log")
+        server = TritonServer(model_repository(model, folder, kernels), log=folder / "log")
         begin = time.perf_counter()
         with server:
             server.wait_ready(timeout=600)
@@ -52,7 +52,7 @@ def print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def _repository(model: str, folder: Path, kernels: Path | None) -> Path:
+def model_repository(model: str, folder: Path, kernels: Path | None) -> Path:
     """Both doors on a shape with random weights, or on the default checkpoint."""
     knobs: dict[str, object] = {"kernels": kernels.resolve()} if kernels else {}
     if model == "demo":

@@ -1,11 +1,12 @@
 """The engine offline against the same engine served, both in one run.
 
-    python -m bench.serving [--streams 16] [--tokens 64] [--rounds 8]
+    python -m bench.serving [MODEL ...] [--concurrency 16 ...] [--tokens 64] [--rounds 8]
 
-Offline: the engine in a process of its own generates ``streams`` prompts at a time, ``rounds``
-times. Served: a real tritonserver with the same engine and knobs; ``streams`` clients each stream
-``rounds`` answers over gRPC, one after another. Both generate exactly ``tokens`` tokens an answer,
-greedily, from the same prompts. The first round of each is left out as a warm-up.
+Offline: the engine in a process of its own generates so many prompts at a time, ``rounds`` times.
+Served: a real tritonserver with the same engine and knobs; as many clients each stream ``rounds``
+answers over gRPC, one after another. Both generate exactly ``tokens`` tokens an answer, greedily,
+from the same prompts. The first round of each is left out as a warm-up. On a machine with a GPU
+the engine runs there; models are those of ``bench.cold_start``.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import gc
 import itertools
 import json
 import multiprocessing
-import statistics
+import os
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -23,16 +24,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tritonclient.grpc.aio as triton
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fi_runtime.config import EngineConfig
+from bench.cold_start import MODELS, model_repository
+from bench.results import write_results
+from fi_runtime.config import Device, EngineConfig
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.messages import SamplingParams
-from tools.serve import ROOT, TritonServer
+from tools.serve import TritonServer
 
 PROMPT_TOKENS = 32
 
@@ -56,22 +60,15 @@ class Response:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Served:
-    tokens_per_s: float
-    first_token_ms: float
-    """median"""
-    gap_ms: float
-    """median time between responses of one stream"""
-    responses: int
-    """for each answer, on average"""
-
-
-def offline_tokens_per_s(config: EngineConfig, load: Load) -> float:
-    """Output tokens a second of the engine alone."""
+def offline_tokens_per_s(config: EngineConfig, loads: list[Load]) -> list[float]:
+    """Output tokens a second of the engine alone, for each load."""
     engine = Engine(config)
     gc.collect()
     gc.freeze()  # as the engine's process does
+    return [_offline(engine, load) for load in loads]
+
+
+def _offline(engine: Engine, load: Load) -> float:
     params = SamplingParams(max_tokens=load.tokens, temperature=0.0, seed=0, ignore_eos=True)
     prompts = [load.prompt(stream) for stream in range(load.streams)]
     engine.generate(prompts, params)
@@ -129,54 +126,103 @@ async def _stream(url: str, load: Load, number: int) -> list[Response]:
     return [response for response in responses if response.sent != sent[0]]
 
 
-async def serve(url: str, load: Load) -> Served:
-    """Drive a server with all streams at once."""
-    streams = await asyncio.gather(*(_stream(url, load, i) for i in range(load.streams)))
+def _clients(url: str, load: Load, numbers: list[int]) -> list[list[Response]]:
+    """Some of the streams, in a process of their own; the responses of each."""
+
+    async def together() -> list[list[Response]]:
+        return await asyncio.gather(*(_stream(url, load, number) for number in numbers))
+
+    return asyncio.run(together())
+
+
+def serve(url: str, load: Load) -> dict[str, float]:
+    """Drive a server with all streams at once; times are in milliseconds."""
+    # One process of Python reads a few thousand responses a second.
+    processes = min(load.streams, max(1, len(os.sched_getaffinity(0)) // 2))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        numbers = [list(range(first, load.streams, processes)) for first in range(processes)]
+        parts = list(pool.map(_clients, [url] * processes, [load] * processes, numbers))
+    streams = list(itertools.chain.from_iterable(parts))
     everything = list(itertools.chain.from_iterable(streams))
     answers = [list(a) for s in streams for _, a in itertools.groupby(s, lambda r: r.sent)]
     tokens = sum(response.tokens for response in everything)
     assert tokens == load.streams * load.rounds * load.tokens, "tokens were lost"
     begin, end = min(r.sent for r in everything), max(r.come for r in everything)
+    first = np.array([answer[0].come - answer[0].sent for answer in answers]) * 1e3
     gaps = [b.come - a.come for answer in answers for a, b in itertools.pairwise(answer)]
-    return Served(
-        tokens_per_s=tokens / (end - begin),
-        first_token_ms=statistics.median(a[0].come - a[0].sent for a in answers) * 1e3,
-        gap_ms=statistics.median(gaps) * 1e3 if gaps else 0.0,
-        responses=round(len(everything) / len(answers)),
-    )
+    between = np.array(gaps or [0.0]) * 1e3
+    return {
+        "served_tokens_per_s": tokens / (end - begin),
+        "ttft_ms_p50": float(np.percentile(first, 50)),
+        "ttft_ms_p99": float(np.percentile(first, 99)),
+        "itl_ms_p50": float(np.percentile(between, 50)),
+        "itl_ms_p99": float(np.percentile(between, 99)),
+        "responses": len(everything) / len(answers),
+    }
+
+
+def measure(model: str, kernels: Path | None, loads: list[Load]) -> list[dict[str, Any]]:
+    """A row for each load."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        repository = model_repository(model, folder, kernels)
+        device: Device = "cuda" if torch.cuda.is_available() else "cpu"
+        config = read_engine_config(repository / "llm", device)
+        # A process of its own, so that its memory and threads are gone when the server is measured.
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            offline = pool.submit(offline_tokens_per_s, config, loads).result()
+        with TritonServer(repository, log=folder / "log") as server:
+            server.wait_ready(timeout=600)
+            served = [serve(server.grpc_url, load) for load in loads]
+    return [
+        {
+            "model": model,
+            "concurrency": load.streams,
+            "offline_tokens_per_s": round(tokens_per_s, 1),
+            **{name: round(value, 2) for name, value in row.items()},
+        }
+        for load, tokens_per_s, row in zip(loads, offline, served, strict=True)
+    ]
 
 
 def main(
-    streams: Annotated[int, typer.Option(help="Answers generated at the same time.")] = 16,
+    models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(MODELS)}.")] = None,
+    concurrency: Annotated[
+        list[int] | None, typer.Option(help="Streams at a time; may be given again.")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
     rounds: Annotated[int, typer.Option(help="Answers one after another in each stream.")] = 8,
-    repository: Annotated[Path, typer.Option(help="Model repository.")] = ROOT / "model_repository",
+    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure the engine offline and served, and print both."""
-    load = Load(streams, tokens, rounds)
-    config = read_engine_config(repository / "llm")
-    # A process of its own, so that its threads are gone when the server is measured.
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        offline = pool.submit(offline_tokens_per_s, config, load).result()
-    with (
-        tempfile.NamedTemporaryFile() as log,
-        TritonServer(repository, log=Path(log.name)) as server,
-    ):
-        server.wait_ready()
-        served = asyncio.run(serve(server.grpc_url, load))
-    table = Table(title=f"{streams} streams of {tokens} tokens, {rounds} rounds")
-    columns = ["offline tokens/s", "served tokens/s", "served / offline"]
-    for column in [*columns, "first token ms", "between responses ms", "responses an answer"]:
+    concurrency = concurrency or [16]
+    loads = [Load(streams, tokens, rounds) for streams in concurrency]
+    rows = [row for model in models or ["demo"] for row in measure(model, kernels, loads)]
+    table = Table(title=f"Answers of {tokens} tokens, {rounds} rounds")
+    columns = ["streams", "offline tokens/s", "served tokens/s", "served / offline"]
+    columns += ["first token ms, p50", "p99", "between responses ms, p50", "p99"]
+    table.add_column("model")
+    for column in [*columns, "responses an answer"]:
         table.add_column(column, justify="right")
-    table.add_row(
-        f"{offline:.0f}",
-        f"{served.tokens_per_s:.0f}",
-        f"{served.tokens_per_s / offline:.2f}",
-        f"{served.first_token_ms:.1f}",
-        f"{served.gap_ms:.1f}",
-        f"{served.responses}",
-    )
-    Console(width=120).print(table)
+    for row in rows:
+        offline, served = row["offline_tokens_per_s"], row["served_tokens_per_s"]
+        times = [row[name] for name in ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99")]
+        table.add_row(
+            row["model"],
+            str(row["concurrency"]),
+            f"{offline:,.0f}",
+            f"{served:,.0f}",
+            f"{served / offline:.2f}",
+            *(f"{time_ms:.1f}" for time_ms in times),
+            f"{row['responses']:.0f}",
+        )
+    Console(width=140).print(table)
+    if out is not None:
+        counts = "".join(f" --concurrency {streams}" for streams in concurrency)
+        command = f"python -m bench.serving {' '.join(models or [])}{counts}"
+        write_results(out, rows, f"{command} --tokens {tokens} --rounds {rounds}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from fi_runtime.run_folder import RunFolder, remove_stale, starting_lock
 log = logging.getLogger(__name__)
 
 POLL_MS = 200
+ENGINE = "fi_runtime.engine.server"
+"""the module that is run as the engine; a measurement of all the rest puts another one here"""
 
 
 class EngineLink:
@@ -169,7 +171,7 @@ def _start_unless_running(
                 [
                     _python(),
                     "-m",
-                    "fi_runtime.engine.server",
+                    ENGINE,
                     str(folder.path),
                     str(server_pid),
                     str(alive.fileno()),
