@@ -5,7 +5,6 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -34,6 +33,7 @@ from fi_runtime.kernels.library import flashinfer
 from fi_runtime.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from fi_runtime.kernels.rotary import rotate, rotate_reference
 from fi_runtime.messages import SamplingParams
+from tests.layouts import make_layout
 from tools.demo import tasks
 from tools.serve import ROOT
 
@@ -104,27 +104,6 @@ def test_silu_and_mul(tokens: int) -> None:
 
 
 # Attention
-
-
-def make_layout(
-    counts: list[int], contexts: list[int], page_size: int, rng: random.Random, pages: int
-) -> StepLayout:
-    """A step of sequences with so many new tokens and contexts, on pages in random order."""
-    needed = [-(-context // page_size) for context in contexts]
-    drawn = rng.sample(range(1, pages), sum(needed))
-    starts = np.concatenate(([0], np.cumsum(needed))).astype(np.int32)
-    slots = []
-    for i, (count, context) in enumerate(zip(counts, contexts, strict=True)):
-        at = np.arange(context - count, context)
-        own = np.array(drawn[starts[i] : starts[i + 1]])
-        slots.append(own[at // page_size] * page_size + at % page_size)
-    return StepLayout(
-        query_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
-        context_lens=np.array(contexts, dtype=np.int32),
-        page_starts=starts,
-        pages=np.array(drawn, dtype=np.int32),
-        slots=np.concatenate(slots).astype(np.int64),
-    )
 
 
 def caches(shape: CacheShape) -> tuple[KVCache, KVCache]:

@@ -1,0 +1,187 @@
+"""What FlashInfer is told, on the CPU: its wrappers are stood in for by what its documentation says
+that they compute. The real ones are for tests/test_gpu.py."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fi_runtime.attention import flashinfer as module
+from fi_runtime.attention.base import Attention, StepLayout
+from fi_runtime.attention.flashinfer import FlashInferAttention, Limits
+from fi_runtime.attention.reference import ReferenceAttention
+from fi_runtime.cache.kv_cache import CacheShape, KVCache
+from tests.layouts import make_layout
+
+HEAD_DIM = 64
+CPU = torch.device("cpu")
+
+
+class Wrapper:
+    """Plans from the arrays that it is given, in its own buffers where it has any."""
+
+    def __init__(self, *_: Any, use_tensor_cores: bool = False, backend: str = "auto") -> None:
+        self._backend = backend
+        self._pin_memory_int_workspace_buffer: torch.Tensor | None = None
+        self.staged: list[int] = []
+
+    def reset_workspace_buffer(self, partial: torch.Tensor, plan: torch.Tensor) -> None:
+        pass
+
+    def workspace_size(self, *_: Any, **__: Any) -> tuple[int, int]:
+        return 1, 1
+
+    def plan(self, starts: Any, pages: Any, last: Any, *shape: int, **_: Any) -> None:
+        assert self._pin_memory_int_workspace_buffer is not None
+        self.staged.append(id(self._pin_memory_int_workspace_buffer))
+        self.planned = (torch.arange(len(last) + 1), starts, pages, last)
+
+    def run(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        query_starts, starts, pages, last = (each.tolist() for each in self.planned)
+        assert len(q) == query_starts[-1]
+        out = torch.empty_like(q)
+        for s, length in enumerate(last):
+            own = pages[starts[s] : starts[s + 1]]
+            context = (len(own) - 1) * cache[0].shape[1] + length
+            k, v = (side[own].flatten(0, 1)[:context] for side in cache)
+            rows = slice(query_starts[s], query_starts[s + 1])
+            count = rows.stop - rows.start
+            mask = torch.arange(context) <= context - count + torch.arange(count)[:, None]
+            out[rows] = torch.nn.functional.scaled_dot_product_attention(
+                q[rows].transpose(0, 1),
+                k.transpose(0, 1),
+                v.transpose(0, 1),
+                attn_mask=mask,
+                enable_gqa=True,
+            ).transpose(0, 1)
+        return out
+
+
+class Prefill(Wrapper):
+    def plan(
+        self, query_starts: Any, *arguments: Any, causal: bool = False, **options: Any
+    ) -> None:
+        assert causal
+        super().plan(*arguments, **options)
+        self.planned = (query_starts, *self.planned[1:])
+
+
+class Graph(Wrapper):
+    """From buffers that never move, for a fixed number of sequences."""
+
+    def __init__(
+        self, _: Any, starts: Any, pages: Any, last: Any, *layout: str, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.buffers = starts, pages, last
+
+    def plan(self, starts: Any, pages: Any, last: Any, *shape: int, **options: Any) -> None:
+        assert len(last) == len(self.buffers[2])
+        for buffer, given in zip(self.buffers, (starts, pages, last), strict=True):
+            buffer[: len(given)].copy_(given)
+        super().plan(*self.buffers, *shape, **options)
+
+
+def append(
+    k: Any,
+    v: Any,
+    rows: Any,
+    positions: Any,
+    cache: Any,
+    pages: Any,
+    starts: Any,
+    last: Any,
+    _: str,
+) -> None:
+    size = cache[0].shape[1]
+    assert len(rows) == len(positions) == len(k)
+    for token, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        page = pages[starts[row] + position // size]
+        cache[0][page, position % size] = k[token]
+        cache[1][page, position % size] = v[token]
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(
+        __version__="0.6.18",
+        BatchDecodeWithPagedKVCacheWrapper=Wrapper,
+        BatchPrefillWithPagedKVCacheWrapper=Prefill,
+        CUDAGraphBatchDecodeWithPagedKVCacheWrapper=Graph,
+        page=SimpleNamespace(append_paged_kv_cache=append),
+    )
+    monkeypatch.setattr(module, "flashinfer", lambda: stand_in)
+    event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+
+
+@pytest.fixture(params=[(8, 2, 1), (8, 2, 16), (2, 2, 16)], ids=str)
+def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
+    """Attention through the stand-in and the reference, over caches of the same contents."""
+    heads, kv_heads, page_size = request.param
+    shape = CacheShape(2, 4000 // page_size, page_size, kv_heads, HEAD_DIM)
+    caches = [KVCache(shape, torch.float32, CPU) for _ in range(2)]
+    caches[0].data.normal_(generator=torch.Generator().manual_seed(0))
+    caches[1].data.copy_(caches[0].data)
+    return SimpleNamespace(
+        ours=FlashInferAttention(caches[0], heads, Limits(4096, 64, 2000)),
+        reference=ReferenceAttention(caches[1]),
+        caches=caches,
+        shape=shape,
+        heads=heads,
+    )
+
+
+def compare(pair: SimpleNamespace, attention: Attention, layout: StepLayout, padding: int) -> None:
+    tokens = int(layout.query_starts[-1])
+    counts = (pair.heads, pair.shape.kv_heads, pair.shape.kv_heads)
+    q, k, v = (torch.randn(tokens + padding, count, HEAD_DIM) for count in counts)
+    attention.plan(layout)
+    pair.reference.plan(layout)
+    for layer in range(pair.shape.layers):
+        found = attention(layer, q, k, v)[:tokens]
+        expected = pair.reference(layer, q[:tokens], k[:tokens], v[:tokens])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    # All pages but the spare one, which padding writes to.
+    assert torch.equal(*(cache.data[:, :, 1:] for cache in pair.caches))
+
+
+@pytest.mark.parametrize("contexts", [[1], [300, 1, 17], [16, 15, 32, 33]], ids=str)
+def test_prefill_decode_and_both(pair: SimpleNamespace, contexts: list[int]) -> None:
+    rng = random.Random(len(contexts))
+    for counts in ([1] * len(contexts), [rng.randint(1, context) for context in contexts]):
+        layout = make_layout(counts, contexts, pair.shape.page_size, rng, pair.shape.pages)
+        compare(pair, pair.ours, layout, 0)
+
+
+@pytest.mark.parametrize("size", [1, 4, 8])
+def test_padding_touches_no_page_of_a_sequence(pair: SimpleNamespace, size: int) -> None:
+    rng, graph = random.Random(size), pair.ours.for_graph(size)
+    for _ in range(6):
+        contexts = [rng.randint(1, 100) for _ in range(rng.randint(1, size))]
+        ones = [1] * len(contexts)
+        layout = make_layout(ones, contexts, pair.shape.page_size, rng, pair.shape.pages)
+        compare(pair, graph, layout, size - len(contexts))
+        assert graph.positions[: len(contexts)].tolist() == [c - 1 for c in contexts]
+        assert not graph.positions[len(contexts) :].any()
+
+
+def test_plans_that_follow_each_other_are_staged_apart(pair: SimpleNamespace) -> None:
+    graph = pair.ours.for_graph(2)
+    wrapper = graph._wrapper._wrapper
+    for _ in range(4):
+        graph.plan(make_layout([1], [5], pair.shape.page_size, random.Random(0), 50))
+    assert len(set(wrapper.staged)) == 2
+    assert all(a != b for a, b in zip(wrapper.staged, wrapper.staged[1:], strict=False))
+
+
+def test_every_wrapper_is_told_fa2(pair: SimpleNamespace) -> None:
+    pair.ours.for_graph(2)
+    decode = "fa2" if pair.heads // pair.shape.kv_heads >= 4 else "cuda-core"
+    assert pair.ours.runs == {"prefill": "fa2", "decode": decode, "graph decode": decode}
