@@ -1,9 +1,12 @@
 """How sequences end, what is refused, and that pages come back."""
 
+import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
+from llguidance import LLMatcher
 from transformers import PreTrainedModel
 
 from fi_runtime.config import ConfigError, EngineConfig
@@ -11,6 +14,7 @@ from fi_runtime.engine.core import BadRequest, Engine
 from fi_runtime.engine.runner import Runner
 from fi_runtime.messages import SamplingParams
 from tests.conftest import VOCAB, write_twin
+from tests.serving import byte_tokenizer, write_checkpoint
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, seed=0)
@@ -120,6 +124,11 @@ def test_aborted_sequences_give_their_pages_back(checkpoint: Path) -> None:
             msgspec.structs.replace(GREEDY, logit_bias={VOCAB + 1: 1.0}),
             f"token id {VOCAB + 1} is outside the vocabulary of {VOCAB}",
         ),
+        (
+            [1],
+            msgspec.structs.replace(GREEDY, stop_token_ids=(10**6,), min_tokens=2),
+            f"token id {10**6} is outside the vocabulary of {VOCAB}",
+        ),
         ([1] * 500, GREEDY, "500 prompt tokens and max_tokens=20 .* context of 512 tokens"),
     ],
 )
@@ -155,6 +164,59 @@ def test_a_step_that_fails_ends_its_sequences_and_not_the_engine(
     assert not running.busy
     assert running.pool.free == running.pool.usable
     assert running.generate([PROMPT], GREEDY) == expected
+
+
+DIGITS = LLMatcher.grammar_from_regex("[0-9]+")
+END = 0
+"""a byte that no digit is"""
+
+
+@pytest.fixture(scope="module")
+def guided_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = tmp_path_factory.mktemp("guided")
+    write_checkpoint(folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {END}}}')
+    config = EngineConfig(checkpoint=str(folder), cache_tokens=4096)
+    return Engine(config, tokenizer=folder / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("knobs", "digits"),
+    [({}, 1), ({"min_tokens": 6}, 6), ({"ignore_eos": True}, 12), ({"end_ids": (5,)}, 12)],
+    ids=str,
+)
+def test_a_guide_ends_where_the_request_says(
+    guided_engine: Engine, knobs: dict[str, Any], digits: int
+) -> None:
+    biased = {"logit_bias": {END: 100.0}, "max_tokens": 12}  # it ends as soon as it may
+    params = msgspec.structs.replace(GREEDY, guide=DIGITS, **biased, **knobs)
+    result = guided_engine.generate([PROMPT], params)[0]
+    zero = byte_tokenizer().encode("0").ids[0]
+    assert all(zero <= token <= zero + 9 for token in result.tokens[:digits])
+    if digits < 12:
+        assert (result.tokens[digits:], result.finish) == ([END], "stop")
+    else:
+        assert (len(result.tokens), result.finish) == (12, "length")
+
+
+def test_a_guide_that_cannot_be_is_told_also_when_the_step_fails(
+    guided_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = msgspec.structs.replace(GREEDY, guide="no grammar")
+    guided_engine.add((b"a", 1), PROMPT, GREEDY)
+    guided_engine.add((b"a", 2), PROMPT, bad)
+    time.sleep(0.5)  # it has been looked at when the step begins
+
+    def broken(self: Runner, chunks: object) -> None:
+        raise RuntimeError("out of luck")
+
+    outputs: dict[Any, Any] = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", broken)
+        while guided_engine.busy:
+            outputs |= dict(guided_engine.step())
+    assert outputs[b"a", 1].finish == "failed"
+    assert outputs[b"a", 2].finish == "refused"
 
 
 def test_a_cache_for_which_there_is_no_memory_is_refused(checkpoint: Path) -> None:

@@ -124,7 +124,7 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ({"text_input": "a", "top_p": 0.0}, ["top_p=0.0", "> 0"]),
         ({"text_input": "a", "top_p": 1.5}, ["top_p=1.5", "<= 1"]),
         ({"text_input": "a", "presence_penalty": 2.5}, ["presence_penalty=2.5", "<= 2"]),
-        ({"text_input": "a", "repetition_penalty": 0.0}, ["repetition_penalty=0.0", "> 0"]),
+        ({"text_input": "a", "repetition_penalty": 0.0}, ["repetition_penalty=0.0", ">= 0.01"]),
         ({"text_input": "a", "min_tokens": 17}, ["min_tokens=17 is more than max_tokens=16"]),
         ({"text_input": "a", "min_length": 2, "min_tokens": 3}, ["min_length=2", "min_tokens=3"]),
         ({"text_input": "a", "sampling_parameters": '{"n": 0}'}, ["n=0", ">= 1"]),

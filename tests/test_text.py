@@ -116,3 +116,40 @@ def test_a_stop_string_cuts_wherever_the_pieces_are_cut(
 @pytest.mark.parametrize("stops", [[], [""]])
 def test_without_stop_strings_nothing_is_held_back(stops: list[str]) -> None:
     assert StopStrings(stops).feed("abc") == ("abc", False)
+
+
+@given(
+    text=st.text(alphabet="abc", max_size=24),
+    stops=st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=3),
+    skipped=st.integers(0, 10),
+    cuts=st.lists(st.integers(1, 4), min_size=1),
+    include=st.booleans(),
+)
+def test_stop_strings_count_from_where_they_are_looked_for(
+    text: str, stops: list[str], skipped: int, cuts: list[int], include: bool
+) -> None:
+    """One that ends in what was skipped is none; one that ends after it is, wherever it began."""
+    skipped = min(skipped, len(text))
+    ends = {
+        (text.find(stop, start), stop)
+        for stop in stops
+        for start in [max(0, skipped - len(stop) + 1)]
+        if text.find(stop, start) >= 0
+    }
+    searching = StopStrings(stops, include)
+    said = "".join(searching.skip(character) for character in text[:skipped])
+    at, turn, stopped = skipped, 0, False
+    while at < len(text) and not stopped:
+        piece = text[at : at + cuts[turn % len(cuts)]]
+        at, turn = at + len(piece), turn + 1
+        new, stopped = searching.feed(piece)
+        said += new
+    if not stopped:
+        said += searching.flush()
+    assert stopped == bool(ends)
+    if ends and len({len(stop) for stop in stops}) == 1:  # else pieces decide which is found first
+        place, stop = min(ends)
+        expected = text[: place + len(stop) * include]
+        assert said == max(expected, text[:skipped], key=len)
+    elif not ends:
+        assert said == text

@@ -104,7 +104,9 @@ class Engine:
         ending = (*params.stop_token_ids, *(() if params.ignore_eos else end_ids))
         if params.guide and self._guides is None:
             raise BadRequest("guided decoding needs the checkpoint's tokenizer")
-        self._sequences[key] = Sequence(key, list(prompt), params, frozenset(ending))
+        # A checkpoint may name ends that its logits do not reach.
+        reachable = frozenset(token for token in ending if token < self.model_config.vocab_size)
+        self._sequences[key] = Sequence(key, list(prompt), params, reachable)
         if params.guide and self._guides is not None:
             self._compiling[key] = self._compiler.submit(self._guides.start, params.guide)
         else:
@@ -149,7 +151,7 @@ class Engine:
             raise
         except Exception as error:  # what one sequence did to a step must not end the engine
             log.exception("a step of %d sequences failed", len(chunks))
-            return [self._give_up(chunk.sequence, error) for chunk in chunks]
+            return refused + [self._give_up(chunk.sequence, error) for chunk in chunks]
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.count
         return refused + [
@@ -223,7 +225,8 @@ class Engine:
         )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if token in sequence.end_ids:
+        guide_ends = sequence.guide.eos_ids if sequence.guide is not None else frozenset()
+        if token in sequence.end_ids or token in guide_ends:
             return "stop"
         if sequence.guide is not None and sequence.guide.is_complete:
             return "complete"
@@ -234,4 +237,5 @@ class Engine:
 
 def _tokens_named(params: SamplingParams) -> Iterable[int]:
     """Tokens that parameters name and that have a logit to change."""
-    return (*params.logit_bias, *itertools.chain(*params.bad_tokens), *(params.end_ids or ()), 0)
+    bad = itertools.chain(*params.bad_tokens)
+    return (*params.logit_bias, *bad, *params.stop_token_ids, *(params.end_ids or ()), 0)

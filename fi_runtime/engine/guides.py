@@ -95,7 +95,8 @@ class Guides:
         ends[[token for token in self._eos_ids if token < self._vocab_size]] = True
         keep &= ~ends
         keep[end : end + 1] = False
-        return _Vocabulary(made, end, _packed(keep), _packed(ends), self._eos_ids)
+        reachable = frozenset(token for token in self._eos_ids if token < self._vocab_size)
+        return _Vocabulary(made, end, _packed(keep), _packed(ends), reachable)
 
 
 class Guide:
@@ -151,6 +152,11 @@ class Guide:
         if not taken:
             raise ValueError(f"token {token} is not allowed by the guide")
         self._next = None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The model's end-of-sequence tokens, of which each ends it."""
+        return self._vocabulary.eos_ids
 
     @property
     def is_complete(self) -> bool:

@@ -96,8 +96,12 @@ def _edits_of(sequence: Sequence) -> Iterator[tuple[Int64s, Float32s]]:
 def _biases(sequence: Sequence) -> tuple[Int64s, Float32s]:
     params = sequence.params
     biases = dict(params.logit_bias)
-    if sequence.num_generated < params.min_tokens:
+    early = sequence.num_generated < params.min_tokens
+    if early:
         biases |= dict.fromkeys(sequence.end_ids, NEVER)
+    if sequence.guide is not None and (early or params.ignore_eos or params.end_ids is not None):
+        # Which the guide would take for its end, though the request does not.
+        biases |= dict.fromkeys(sequence.guide.eos_ids - sequence.end_ids, NEVER)
     for *before, last in params.bad_tokens:
         # Only what was generated counts: the prompt may say what it likes.
         start = len(sequence.tokens) - len(before)

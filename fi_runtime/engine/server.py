@@ -6,9 +6,11 @@
 the server is gone, or when its last front end has left.
 """
 
+import contextlib
 import gc
 import logging
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -42,6 +44,8 @@ from fi_runtime.run_folder import RunFolder, starting_lock
 
 log = logging.getLogger(__name__)
 
+FRONT_ENDS_END_S = 4.0
+"""for front ends to end by themselves once the server is gone, which takes them about two"""
 STATS_S = 1.0
 """between two words to a front end about how the engine is"""
 ATTACH_WITHIN_MS = 30_000
@@ -85,6 +89,7 @@ class EngineServer:
             ready = dict(self._poller.poll(wait_ms))
             if self._server_fd in ready:
                 log.info("the server is gone")
+                self._end_front_ends()
                 return
             if not ready and not self._attached_before:
                 log.error("no front end attached within %d s", ATTACH_WITHIN_MS // 1000)
@@ -100,6 +105,26 @@ class EngineServer:
                 self._post(key, output)
             self._send(self._new_stats())
         log.info("the last front end has left")
+
+    def _end_front_ends(self) -> None:
+        """Kill those that do not end by themselves.
+
+        One that was in a call to the server waits for ever for its answer, and no thread of its own
+        can end it, since Python's lock is held in some of these calls.
+        """
+        deadline = time.monotonic() + FRONT_ENDS_END_S
+        waiting = set(self._front_ends.values())
+        poller = zmq.Poller()
+        for fd in waiting:
+            poller.register(fd, zmq.POLLIN)
+        while waiting and (left_s := deadline - time.monotonic()) > 0:
+            for fd, _ in poller.poll(int(left_s * 1000) + 1):
+                poller.unregister(fd)
+                waiting.discard(fd)
+        for fd in waiting:
+            log.warning("a front end that outlives the server is killed")
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
 
     def _receive(self, socket: "zmq.Socket[bytes]") -> None:
         """Take every message that is there."""

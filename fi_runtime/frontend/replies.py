@@ -155,6 +155,8 @@ class _Sample:
     def __init__(self, request: Request, min_tokens: int, tokenizer: Tokenizer) -> None:
         self._text = TextStream(tokenizer, request.prompt, request.skip_special_tokens)
         self._stops = StopStrings(request.stop, request.include_stop)
+        self._include_stop = request.include_stop
+        """whether the token or string that ends it is part of the text"""
         self._min_tokens = min_tokens
         self._count = 0
         self._before = request.echo
@@ -173,7 +175,7 @@ class _Sample:
             piece = _Piece(token, logprobs)
             self.new.append(piece)
             finish = output.finish if index == len(output.tokens) - 1 else None
-            if finish != "stop":  # whose token is no part of the text
+            if finish != "stop" or self._include_stop:
                 piece.text = self._cut(self._text.feed(token))
             if finish is not None and not self.finish:
                 piece.text += self._cut(self._text.flush()) + self._stops.flush()
@@ -196,7 +198,7 @@ class _Sample:
     def _cut(self, text: str) -> str:
         """The text that may be sent, up to the stop string that ends it."""
         if self._count <= self._min_tokens:
-            return text
+            return self._stops.skip(text)
         text, stopped = self._stops.feed(text)
         if stopped:
             self.finish = "stop"

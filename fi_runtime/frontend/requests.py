@@ -76,6 +76,8 @@ def parse_request(
     """
     inputs = {name: _values(name, tensor) for name, tensor in tensors.items()}
     given = {**parameters, **inputs}
+    if "sampling_parameters" in given:  # then no other parameter of the request counts
+        given = {"sampling_parameters": given["sampling_parameters"], **inputs}
     flags = Flags(**convert({k: v for k, v in given.items() if k in FLAGS}, FLAGS))
     if flags.stream and flags.exclude_input_in_output is False:
         raise RequestError(

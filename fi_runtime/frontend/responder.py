@@ -35,8 +35,8 @@ class Responder:
                 log.exception("the server did not say whether a client has gone")
                 return False
 
-    def send(self, tensors: Tensors, last: bool) -> None:
-        """Send a response, unless the last one is out.
+    def send(self, tensors: Tensors, last: bool) -> bool:
+        """Send a response; false if the last one was out before.
 
         Raises:
             Exception: whatever the server refused it with; nothing is out then.
@@ -45,7 +45,7 @@ class Responder:
             pb.Tensor(name, value[None] if self._batched else value)
             for name, value in tensors.items()
         ]
-        self._send(pb.InferenceResponse(output_tensors=outputs), last)
+        return self._send(pb.InferenceResponse(output_tensors=outputs), last)
 
     def fail(self, error: RequestError) -> None:
         """End the request with an error, unless its last response is out. Never raises."""
@@ -55,9 +55,11 @@ class Responder:
         except Exception:
             log.exception("a request could not even be told: %s", error)
 
-    def _send(self, response: Any, last: bool) -> None:
+    def _send(self, response: Any, last: bool) -> bool:
         flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
         with self._lock:
-            if not self._ended:
-                self._sender.send(response, flags=flags)
-                self._ended = last
+            if self._ended:
+                return False
+            self._sender.send(response, flags=flags)
+            self._ended = last
+            return True

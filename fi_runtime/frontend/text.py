@@ -90,20 +90,32 @@ class StopStrings:
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self._stops = [stop for stop in stops if stop]
         self._include = include
+        self._longest = max(map(len, self._stops), default=1)
+        self._said = ""
+        """the end of what was said, in which a stop string may have begun"""
         self._held = ""
-        """text that may be the beginning of a stop string"""
+        """what follows it and may be the beginning of a stop string"""
+
+    def skip(self, text: str) -> str:
+        """Text that is said whatever it holds; a stop string may begin in it and end later."""
+        self._said = (self._said + text)[-self._longest :]
+        return text
 
     def feed(self, text: str) -> tuple[str, bool]:
         """The text that is safe to send, and whether a stop string has been found after it."""
-        text = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        said = len(self._said)
+        whole = self._said + self._held + text
+        # Those that end in what was said were there before anybody looked for them.
+        places = ((whole.find(stop, max(0, said - len(stop) + 1)), stop) for stop in self._stops)
+        found = [(at, stop) for at, stop in places if at >= 0]
         if found:
             self._held = ""
             at, stop = min(found)
-            return text[: at + len(stop) * self._include], True
-        held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held], False
+            return whole[said : at + len(stop) * self._include], True
+        held = max((_overlap(whole, stop) for stop in self._stops), default=0)
+        end = max(said, len(whole) - held)
+        self._said, self._held = whole[:end][-self._longest :], whole[end:]
+        return whole[said:end], False
 
     def flush(self) -> str:
         """What was held back of a text that has ended."""

@@ -130,7 +130,7 @@ class TritonPythonModel:
         version = {"version": args["model_version"]}
         self._metrics = Metrics(
             {"model": name, **version},
-            {"model": door.engine or name, **version},
+            {"model": door.engine or name, **version, **({} if gpu is None else {"gpu": str(gpu)})},
             self._link.info.max_context,
         )
         self._tokenizer = Tokenizer.from_file(self._link.info.tokenizer)
@@ -231,9 +231,10 @@ class TritonPythonModel:
     def _respond(self, in_flight: InFlight) -> None:
         answer = in_flight.answer
         try:
+            sent = False
             while answer.has_response:
-                in_flight.responder.send(answer.response(), last=answer.is_over)
-            if answer.is_over:
+                sent = in_flight.responder.send(answer.response(), last=answer.is_over)
+            if answer.is_over and sent:
                 self._metrics.finished(in_flight.times)
         except Exception as error:
             self._end(in_flight, error)
