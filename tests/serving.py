@@ -202,16 +202,28 @@ class Reference:
 
 def processes(server: TritonServer) -> list[psutil.Process]:
     """The server's process and all that it started."""
-    return [psutil.Process(pid) for pid in server.started()]
+    found = []
+    for pid in server.started():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            found.append(psutil.Process(pid))
+    return found
 
 
 def engines(server: TritonServer) -> list[psutil.Process]:
-    return [p for p in processes(server) if "fi_runtime.engine.server" in p.cmdline()]
+    return [p for p in processes(server) if "fi_runtime.engine.server" in command_of(p)]
 
 
 def stubs(server: TritonServer) -> list[psutil.Process]:
     """The processes of the models' instances."""
-    return [p for p in processes(server) if p.name().startswith("triton_python")]
+    return [p for p in processes(server) if "triton_python" in "".join(command_of(p)[:1])]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    """Its arguments; none of one that has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> float:

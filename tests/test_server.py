@@ -21,6 +21,7 @@ from tests.serving import (
     Stream,
     at_once,
     byte_tokenizer,
+    command_of,
     engines,
     error_of,
     generate,
@@ -632,7 +633,7 @@ def test_all_front_ends_share_the_one_process_that_holds_the_weights(server: Tri
     front_ends = stubs(server)
     assert len(front_ends) == 6, "two instances of each door"
     # Guides of clients are checked in small processes that are neither.
-    others = {p.pid for p in processes(server) if "fi_runtime.guide_checker" not in p.cmdline()}
+    others = {p.pid for p in processes(server) if "fi_runtime.guide_checker" not in command_of(p)}
     assert others == {server.pid, engine.pid, *(p.pid for p in front_ends)}
     assert maps_torch(engine)
     for process in (psutil.Process(server.pid), *front_ends):
