@@ -70,13 +70,14 @@ def spare_layout(
     contexts = counts if contexts is None else contexts
     pages = [-(-context // page_size) for context in contexts]
     return StepLayout(
-        query_starts=_starts(counts),
+        query_starts=starts(counts),
         context_lens=np.array(contexts, dtype=np.int32),
-        page_starts=_starts(pages),
+        page_starts=starts(pages),
         pages=np.full(sum(pages), SPARE_PAGE, dtype=np.int32),
         slots=np.zeros(sum(counts), dtype=np.int64),
     )
 
 
-def _starts(counts: Sequence[int]) -> Int32s:
+def starts(counts: Sequence[int] | Int32s) -> Int32s:
+    """Where each of some runs of so many begins, and where the last one ends: (runs + 1,)."""
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

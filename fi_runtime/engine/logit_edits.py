@@ -29,8 +29,12 @@ def edited(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     Returns:
         (rows, vocab); ``logits`` itself where nothing is asked for.
     """
+    # Most ask for nothing, and every step comes by here.
+    asking = [(row, one) for row, one in enumerate(sequences) if _asks_for_edits(one)]
+    if not asking:
+        return logits
     edits = _Sparse(), _Sparse(), _Sparse()
-    for row, sequence in enumerate(sequences):
+    for row, sequence in asking:
         for edit, (tokens, values) in zip(edits, _edits_of(sequence), strict=True):
             edit.add(row, tokens, values)
     if not any(edits):
@@ -73,6 +77,18 @@ class _Sparse:
             for parts in (self._rows, self._tokens, self._values)
         )
         return (rows, tokens), values
+
+
+def _asks_for_edits(sequence: Sequence) -> bool:
+    params = sequence.params
+    return (
+        sequence.guide is not None
+        or params.min_tokens > 0
+        or bool(params.logit_bias or params.bad_tokens)
+        or params.repetition_penalty != 1.0
+        or params.frequency_penalty != 0.0
+        or params.presence_penalty != 0.0
+    )
 
 
 def _edits_of(sequence: Sequence) -> Iterator[tuple[Int64s, Float32s]]:

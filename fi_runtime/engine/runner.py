@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout
+from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout, starts
 from fi_runtime.engine import sampler
 from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.guides import guided
@@ -101,9 +101,9 @@ class Runner:
         # Only pages that hold context; a chunked prompt owns more than it has filled.
         page_counts = -(-contexts // self._page_size)
         layout = StepLayout(
-            query_starts=_starts([chunk.count for chunk in chunks]),
+            query_starts=starts([chunk.count for chunk in chunks]),
             context_lens=contexts,
-            page_starts=_starts(page_counts),
+            page_starts=starts(page_counts),
             pages=np.concatenate(
                 [
                     np.array(chunk.sequence.pages[:count], dtype=np.int32)
@@ -113,7 +113,3 @@ class Runner:
             slots=np.concatenate(slots),
         )
         return layout, np.concatenate(tokens), np.concatenate(positions).astype(np.int32)
-
-
-def _starts(counts: list[int] | Int32s) -> Int32s:
-    return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
