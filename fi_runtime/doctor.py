@@ -5,7 +5,6 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from fi_runtime.attention.timing import (
 )
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend, ConfigError, EngineConfig
-from fi_runtime.engine.build import compute_dtype, weight_bytes
+from fi_runtime.engine.build import available_memory, compute_dtype, weight_bytes
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.library import (
     check_gpu,
@@ -278,7 +277,7 @@ def _weights(config: EngineConfig, nbytes: int) -> Check:
 
 
 def _host_memory(weights: int) -> Check:
-    free = _free_host_memory()
+    free = available_memory(torch.device("cpu"))
     value = f"{_gib(free)} free"
     if free < weights:
         return Check("host memory", value, "problem", f"the weights alone take {_gib(weights)}")
@@ -293,7 +292,9 @@ def _cache_room(
         free, total = torch.cuda.mem_get_info()
         room = free - (1.0 - config.gpu_memory_fraction) * total - weights
     else:
-        room = (_free_host_memory() - weights) * 0.75  # the engine leaves the machine a quarter
+        room = (
+            available_memory(torch.device("cpu")) - weights
+        ) * 0.75  # the engine leaves the machine a quarter
     token = CacheShape(model.layers, 1, 1, model.kv_heads, model.head_dim).nbytes(dtype)
     tokens = max(0, int(room) // token)
     value = f"about {tokens:,} tokens of {token:,} bytes fit the memory"
@@ -303,11 +304,6 @@ def _cache_room(
         advice = "use a smaller cache_tokens, a smaller checkpoint or a machine with more memory"
         return Check("cache", value, "problem", advice)
     return Check("cache", value)
-
-
-def _free_host_memory() -> int:
-    found = re.search(r"^MemAvailable:\s*(\d+) kB$", Path("/proc/meminfo").read_text(), re.M)
-    return int(found[1]) << 10 if found else 0
 
 
 # What a GPU would run

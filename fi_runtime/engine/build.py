@@ -109,7 +109,7 @@ def _find_kernels(folder: Path) -> None:
 def _load(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
-    needed, available = weight_bytes(model_config, dtype), _available(device)
+    needed, available = weight_bytes(model_config, dtype), available_memory(device)
     if needed > available:
         raise ConfigError(
             f"{config.checkpoint}: its weights take {needed / 1e9:.1f} GB in "
@@ -132,7 +132,7 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     shape = _cache_shape(config, model.config, config.cache_tokens)
     dtype, device = model.embedding.dtype, model.embedding.device
     # A quarter is for what else happens on the machine.
-    fitting = _available(device) * 3 // 4 // (shape.nbytes(dtype) // shape.tokens)
+    fitting = available_memory(device) * 3 // 4 // (shape.nbytes(dtype) // shape.tokens)
     _check_cache(shape, dtype, fitting)
     cache = KVCache(shape, dtype, device)
     runner = Runner(model, ReferenceAttention(cache), config.page_size, device)
@@ -216,7 +216,7 @@ def _max_context(config: EngineConfig, model: ModelConfig, shape: CacheShape) ->
     return config.max_context or min(model.max_position, cache_tokens)
 
 
-def _available(device: torch.device) -> int:
+def available_memory(device: torch.device) -> int:
     """Bytes of free memory: the GPU's, or what can be had without swapping, as Linux estimates."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
