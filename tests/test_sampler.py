@@ -45,6 +45,14 @@ def exact(
     return result
 
 
+def test_the_draws_of_a_step_are_contiguous() -> None:
+    """Kernels read a row of it with no regard to strides."""
+    rows = [params(seed=i, top_p=0.5) for i in range(4)]
+    draws = draws_of(rows, range(4))
+    assert draws is not None
+    assert draws.float().is_contiguous()
+
+
 @pytest.mark.parametrize(
     "knobs",
     [

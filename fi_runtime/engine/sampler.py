@@ -26,7 +26,7 @@ def draws_of(params: Seq[SamplingParams], indices: Seq[int]) -> torch.Tensor | N
     table = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]).T
     seeds = np.array([p.seed for p in params], dtype=np.uint64)
     random = uniforms(seeds, np.array(indices, dtype=np.uint64))
-    return torch.from_numpy(np.concatenate((table, random[None])))
+    return torch.from_numpy(np.ascontiguousarray(np.concatenate((table, random[None]))))
 
 
 def choose(logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:

@@ -67,8 +67,9 @@ class Metrics:
     def __init__(
         self, labels: dict[str, str], engine_labels: dict[str, str], max_context: int
     ) -> None:
-        # Each only ever grows, and one thread adds to it: the reporting one needs no lock.
+        # Each only ever grows: the reporting thread needs no lock, those that add to it do.
         self._prompted = self._generated = 0
+        self._lock = threading.Lock()
         self._notes: deque[Callable[[], None]] = deque()
         self._closing = threading.Event()
         self._families: list[Any] = []  # a metric needs its family for as long as it lives
@@ -116,12 +117,13 @@ class Metrics:
         self._thread.start()
 
     def took(self, times: RequestTimes, tokens: int) -> None:
-        """Tokens of a request came. Called by one thread."""
-        if tokens and not times.tokens:
-            times.first_token = time.monotonic()
-            self._prompted += times.prompt_tokens
-        times.tokens += tokens
-        self._generated += tokens
+        """Tokens of a request came."""
+        with self._lock:
+            if tokens and not times.tokens:
+                times.first_token = time.monotonic()
+                self._prompted += times.prompt_tokens
+            times.tokens += tokens
+            self._generated += tokens
 
     def finished(self, times: RequestTimes) -> None:
         """A request got its last response."""

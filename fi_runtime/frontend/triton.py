@@ -1,19 +1,19 @@
 """The class that Triton's Python backend loads, and the threads behind it.
 
 ``execute`` is called on Triton's thread and hands requests to the engine while it has credit;
-"replies" takes the engine's tokens and sends the responses; "cancellation" asks Triton five times a
-second which clients have gone.
+"tokens" takes what the engine says and hands it to the "replies" threads, which make it text and
+send the responses, each those of its own requests; "cancellation" asks Triton five times a second
+which clients have gone.
 """
 
-import itertools
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import triton_python_backend_utils as pb
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 
 CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
+SENDERS = 4
+"""threads that send: one mostly waits for the server to take a response, without Python's lock"""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,20 @@ class TritonPythonModel:
         self._in_flight: dict[int, InFlight] = {}
         """by the number of each sample that is not complete"""
         self._credits = threading.Semaphore(0)
+        self._outboxes: list[SimpleQueue[list[Output]]] = [SimpleQueue() for _ in range(SENDERS)]
+        """what the engine gave the requests of each sender; nothing at all asks it to look up"""
         self._lost = ""
         """why there is no engine any more, once there is none"""
         self._closing = threading.Event()
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
         self._threads = [
-            threading.Thread(target=self._reply, name="replies", daemon=True),
+            threading.Thread(target=self._receive, name="tokens", daemon=True),
             threading.Thread(target=self._watch, name="cancellation", daemon=True),
+            *(
+                threading.Thread(target=self._reply, args=[outbox], name="replies", daemon=True)
+                for outbox in self._outboxes
+            ),
         ]
         for thread in self._threads:
             thread.start()
@@ -190,43 +198,67 @@ class TritonPythonModel:
         if self._lost:
             raise RequestError("UNAVAILABLE", self._lost)
 
-    def _reply(self) -> None:
-        """Send what the engine gives until the model is closed."""
+    def _receive(self) -> None:
+        """Hand on what the engine says until the model is closed."""
         while not self._closing.is_set():
             try:
                 steps = [m for m in self._link.receive() if isinstance(m, Step)]
             except Exception as error:
                 log.exception("the engine cannot be understood")
                 self._lost = f"the engine cannot be understood ({error}); load the model again"
-                return
+                break
             for step in steps:
                 if step.credits:
                     self._credits.release(step.credits)
                 if step.stats is not None:
                     self._metrics.engine(step.stats)
-            # What has come since the last look is sent as one response a request.
-            for in_flight in self._take(itertools.chain.from_iterable(s.outputs for s in steps)):
-                self._respond(in_flight)
+                self._hand_out(step.outputs)
+        for outbox in self._outboxes:
+            outbox.put([])
 
-    def _take(self, outputs: Iterator[Output]) -> list[InFlight]:
-        """Add outputs to their answers; the requests that have a response for it, each once."""
-        touched: dict[int, InFlight] = {}
+    def _hand_out(self, outputs: list[Output]) -> None:
+        """Give each output to the sender of its request."""
+        shares: list[list[Output]] = [[] for _ in self._outboxes]
         for output in outputs:
-            in_flight = self._in_flight.get(output.request)
-            if in_flight is None:
-                continue  # it ended here first, by a stop string or an error
-            first = in_flight.numbers.start
-            try:
-                complete = in_flight.answer.take(output.request - first, output)
-            except Exception as error:
-                touched.pop(first, None)
-                self._end(in_flight, error)
-                continue
-            self._metrics.took(in_flight.times, len(output.tokens))
-            touched[first] = in_flight
-            if complete:
-                self._forget(output.request, at_engine=output.finish is None)
-        return [in_flight for in_flight in touched.values() if in_flight.answer.has_response]
+            # What has ended here first, by a stop string or an error, is nobody's any more.
+            if (in_flight := self._in_flight.get(output.request)) is not None:
+                shares[in_flight.numbers.start % SENDERS].append(output)
+        for outbox, share in zip(self._outboxes, shares, strict=True):
+            if share:
+                outbox.put(share)
+
+    def _reply(self, outbox: "SimpleQueue[list[Output]]") -> None:
+        """Send what the engine gives one sender's requests, until the model is closed."""
+        waiting: dict[int, InFlight] = {}
+        """requests with a response to send, in the order of their tokens"""
+        while True:
+            # What comes while a response is being sent joins those that wait: nothing is held back
+            # to make a group, and nothing that is there is left for another response.
+            while not (waiting and outbox.empty()):
+                outputs = outbox.get()
+                if not outputs and (self._closing.is_set() or self._lost):
+                    return
+                for output in outputs:
+                    self._take(output, waiting)
+            self._respond(waiting.pop(next(iter(waiting))))
+
+    def _take(self, output: Output, waiting: dict[int, InFlight]) -> None:
+        """Add an output to its answer, and that to those that wait if it has a response."""
+        in_flight = self._in_flight.get(output.request)
+        if in_flight is None:
+            return
+        first = in_flight.numbers.start
+        try:
+            complete = in_flight.answer.take(output.request - first, output)
+        except Exception as error:
+            waiting.pop(first, None)
+            self._end(in_flight, error)
+            return
+        self._metrics.took(in_flight.times, len(output.tokens))
+        if complete:
+            self._forget(output.request, at_engine=output.finish is None)
+        if in_flight.answer.has_response:
+            waiting.setdefault(first, in_flight)
 
     def _respond(self, in_flight: InFlight) -> None:
         answer = in_flight.answer

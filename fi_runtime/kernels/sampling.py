@@ -59,7 +59,9 @@ def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     top_k = torch.where(draws.top_k > 0, draws.top_k, vocab).clamp(max=vocab).int()
     weights = sampling.top_k_renorm_probs(weights, top_k)
     # Deterministic, or else it would depend on which block came first what a row keeps.
-    nucleus = sampling.top_p_renorm_probs(weights, draws.top_p, is_deterministic=True)
+    # It reads the shares one after another, wherever a view's strides say that they lie.
+    top_p = draws.top_p.contiguous()
+    nucleus = sampling.top_p_renorm_probs(weights, top_p, is_deterministic=True)
     # Its sums are rounded: at 1 it could still drop the unlikeliest.
     weights = torch.where(draws.top_p[:, None] < 1, nucleus, weights)
     return _pick(weights, draws.uniform)
