@@ -190,6 +190,8 @@ def _readable(reason: str) -> str:
         pattern, before, what = of_regex.groups()
         place = pattern[len(before) : len(before) + 20]
         return f"{what}, at character {len(before) + 1}: {place!r}"
+    # A schema within what json takes may be deeper than llguidance does.
+    reason = reason.replace("recursion limit exceeded", "it is nested too deeply,")
     line = re.sub(r"^(?:at )?(\d+)\((\d+)\): ", r"line \1, column \2: ", reason.split("\n")[0])
     return line if len(line) <= 200 else line[:197] + "..."
 
