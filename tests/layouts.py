@@ -14,15 +14,9 @@ def make_layout(
     needed = [-(-context // page_size) for context in contexts]
     drawn = rng.sample(range(1, pages), sum(needed))
     starts = np.concatenate(([0], np.cumsum(needed))).astype(np.int32)
-    slots = []
-    for i, (count, context) in enumerate(zip(counts, contexts, strict=True)):
-        at = np.arange(context - count, context)
-        own = np.array(drawn[starts[i] : starts[i + 1]])
-        slots.append(own[at // page_size] * page_size + at % page_size)
     return StepLayout(
         query_starts=np.concatenate(([0], np.cumsum(counts))).astype(np.int32),
         context_lens=np.array(contexts, dtype=np.int32),
         page_starts=starts,
         pages=np.array(drawn, dtype=np.int32),
-        slots=np.concatenate(slots).astype(np.int64),
     )

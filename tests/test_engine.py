@@ -1,5 +1,6 @@
 """How sequences end, what is refused, and that pages come back."""
 
+import random
 import time
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def test_a_step_that_fails_ends_its_sequences_and_not_the_engine(
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "run", broken)
+        patch.setattr(Runner, "launch", broken)
         outputs = dict(running.step())
     assert {key: output.finish for key, output in outputs.items()} == {
         (b"a", 1): "failed",
@@ -172,12 +173,18 @@ END = 0
 
 
 @pytest.fixture(scope="module")
-def guided_engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def guided(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer and an end."""
     folder = tmp_path_factory.mktemp("guided")
     write_checkpoint(folder)
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {END}}}')
-    config = EngineConfig(checkpoint=str(folder), cache_tokens=4096)
-    return Engine(config, tokenizer=folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guided_engine(guided: Path) -> Engine:
+    config = EngineConfig(checkpoint=str(guided), cache_tokens=4096)
+    return Engine(config, tokenizer=guided / "tokenizer.json")
 
 
 @pytest.mark.parametrize(
@@ -212,7 +219,7 @@ def test_a_guide_that_cannot_be_is_told_also_when_the_step_fails(
 
     outputs: dict[Any, Any] = {}
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "run", broken)
+        patch.setattr(Runner, "launch", broken)
         while guided_engine.busy:
             outputs |= dict(guided_engine.step())
     assert outputs[b"a", 1].finish == "failed"
@@ -229,3 +236,46 @@ def test_a_context_that_fits_neither_model_nor_cache_is_refused(checkpoint: Path
         engine(checkpoint, max_context=600)
     with pytest.raises(ConfigError, match="it holds 96 tokens"):
         Engine(EngineConfig(checkpoint=str(checkpoint), cache_tokens=100, max_context=100))
+
+
+@pytest.mark.parametrize("cache_tokens", [4096, 240])
+def test_launching_ahead_changes_no_answer(
+    guided: Path, monkeypatch: pytest.MonkeyPatch, cache_tokens: int
+) -> None:
+    """Stops, penalties, guides, seeds and set-backs beside one another, some ended by hand."""
+    config = EngineConfig(checkpoint=str(guided), cache_tokens=cache_tokens, max_sequences=5)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_p": 0.9},
+        {"temperature": 0.0, "stop_token_ids": tuple(range(100, 140))},
+        {"repetition_penalty": 1.3, "min_tokens": 4, "logprobs": 2},
+        {"guide": DIGITS, "temperature": 1.0},
+        {"temperature": 0.8, "logprobs": 0},
+    ]
+
+    def answers(ahead: bool) -> dict[int, list[Any]]:
+        monkeypatch.setattr(Runner, "runs_ahead", ahead)
+        running = Engine(config, tokenizer=guided / "tokenizer.json")
+        found: dict[int, list[Any]] = {}
+        rng = random.Random(4)
+        for number in range(24):
+            params = SamplingParams(
+                seed=number, max_tokens=rng.randint(1, 40), **kinds[number % len(kinds)]
+            )
+            found[number] = []
+            running.add((b"a", number), rng.choices(range(1, 256), k=rng.randint(1, 60)), params)
+        steps = 0
+        while running.busy:
+            steps += 1
+            for (_, number), output in running.step():
+                # Of logprobs only whose they are: they round as the batch is cut.
+                told = [[one.token for one in row] for row in output.logprobs or ()]
+                found[number].append((output.tokens, told, output.finish))
+            if steps == 9:
+                assert running.abort((b"a", 6)) or found[6][-1][2] is not None
+        assert running.pool.free == running.pool.usable
+        assert (running.scheduler.num_preemptions > 0) == (cache_tokens < 1000)
+        del found[6]
+        return found
+
+    assert answers(ahead=True) == answers(ahead=False)

@@ -27,12 +27,13 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine, Generation
 from fi_runtime.engine.decode_graphs import padded_sizes
-from fi_runtime.engine.sampler import choose, draws_of
+from fi_runtime.engine.sampler import choose
 from fi_runtime.kernels.activation import silu_and_mul, silu_and_mul_reference
 from fi_runtime.kernels.library import flashinfer
 from fi_runtime.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from fi_runtime.kernels.rotary import rotate, rotate_reference
 from fi_runtime.messages import SamplingParams
+from tests.draws import draws_for
 from tests.layouts import make_layout
 from tools.demo import tasks
 from tools.serve import ROOT
@@ -226,7 +227,6 @@ def part_of(layout: StepLayout, first: int, end: int) -> StepLayout:
         context_lens=layout.context_lens[first:end],
         page_starts=starts - starts[0],
         pages=layout.pages[starts[0] : starts[-1]],
-        slots=layout.slots[first:end],
     )
 
 
@@ -305,7 +305,7 @@ def test_the_same_tokens_are_drawn_as_on_the_cpu(vocab: int) -> None:
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(160, vocab, generator=generator) * 2.5
     params = [params_of(i, **KINDS[i % len(KINDS)]) for i in range(len(logits))]
-    draws = draws_of(params, range(len(logits)))
+    draws = draws_for(params, range(len(logits)))
     ours, reference = choose(logits.cuda(), draws).tolist(), choose(logits, draws).tolist()
     # The running sums are of float32 here: where one just passes the target, it may be the next.
     same = sum(a == b for a, b in zip(ours, reference, strict=True))
@@ -316,8 +316,7 @@ def test_the_same_tokens_are_drawn_as_on_the_cpu(vocab: int) -> None:
 def test_frequencies_are_the_references(kind: dict[str, float]) -> None:
     vocab, rows, grid = 3000, 16_384, 1 << 14
     logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * 3
-    draws = draws_of([params_of(0, **kind)] * rows, range(rows))
-    assert draws is not None
+    draws = draws_for([params_of(0, **kind)] * rows, range(rows))
     found = choose(logits.cuda().repeat(rows, 1), draws).bincount(minlength=vocab).cpu()
     # The reference over uniforms on a fine grid: its distribution.
     draws[4] = (torch.arange(grid) + 0.5) / grid
@@ -340,8 +339,7 @@ def test_no_token_that_is_ruled_out_is_ever_drawn() -> None:
     """Over uniforms up to the last below 1, where running sums round."""
     logits = torch.randn(64, 151_936, generator=torch.Generator().manual_seed(5)).cuda()
     allowed = [set(row.topk(50).indices.tolist()) for row in logits]
-    draws = draws_of([params_of(0, top_k=50)] * 64, range(64))
-    assert draws is not None
+    draws = draws_for([params_of(0, top_k=50)] * 64, range(64))
     for uniform in (0.0, 1e-9, 0.5, 1 - 2**-24, 1 - 2**-53):
         draws[4] = uniform
         for token, tokens in zip(choose(logits, draws).tolist(), allowed, strict=True):

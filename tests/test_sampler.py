@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fi_runtime.engine.sampler import choose, draws_of, logprobs, uniforms
+from fi_runtime.engine.sampler import choose, logprobs, uniforms
 from fi_runtime.messages import SamplingParams
+from tests.draws import draws_for
 
 VOCAB = 12
 DRAWS = 20_000
@@ -21,7 +22,7 @@ def params(seed: int = 5, **values: float) -> SamplingParams:
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingParams], indices: Sequence[int]) -> list[int]:
-    return choose(logits, draws_of(rows, indices)).tolist()
+    return choose(logits, draws_for(rows, indices)).tolist()
 
 
 def exact(
@@ -48,8 +49,7 @@ def exact(
 def test_the_draws_of_a_step_are_contiguous() -> None:
     """Kernels read a row of it with no regard to strides."""
     rows = [params(seed=i, top_p=0.5) for i in range(4)]
-    draws = draws_of(rows, range(4))
-    assert draws is not None
+    draws = draws_for(rows, range(4))
     assert draws.float().is_contiguous()
 
 
@@ -126,7 +126,10 @@ def test_logprobs_report_the_chosen_token_its_rank_and_the_likeliest() -> None:
     table = LOGITS.double().log_softmax(0)
     order = table.argsort(descending=True).tolist()
     rows = [params(), params(logprobs=0), params(logprobs=3)]
-    none, own, likeliest = logprobs(LOGITS.repeat(3, 1), [order[2]] * 3, rows)
+    chosen = [order[2]] * 3
+    found = logprobs(LOGITS.repeat(3, 1), torch.tensor(chosen), rows)
+    assert found is not None
+    none, own, likeliest = found.wait(chosen)
     assert none is None
     assert own is not None
     assert likeliest is not None

@@ -9,12 +9,19 @@ from transformers import PreTrainedModel
 
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.core import Engine
+from fi_runtime.engine.runner import Runner
 from fi_runtime.messages import SamplingParams
 from tests.conftest import VOCAB
 
 Twin = tuple[Path, PreTrainedModel]
 GREEDY = SamplingParams(max_tokens=24, temperature=0.0, seed=0, logprobs=0)
 LENGTHS = [1, 2, 3, 6, 7, 8, 15, 16, 17, 31, 33, 64, 100, 127, 191, 255, 256, 300]
+
+
+@pytest.fixture(params=[False, True], ids=["in turn", "ahead"])
+def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with each step launched before the last one's tokens are known, as on a GPU."""
+    monkeypatch.setattr(Runner, "runs_ahead", request.param)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -58,6 +65,7 @@ def check(twin: Twin, engine: Engine, lengths: list[int]) -> None:
     assert engine.pool.free == engine.pool.usable
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("step_tokens", [7, 64, 512])
 def test_mixed_lengths_in_one_batch(twin: Twin, page_size: int, step_tokens: int) -> None:
@@ -71,6 +79,7 @@ def test_each_length_alone(twin: Twin, length: int) -> None:
     check(twin, engine_for(twin, step_tokens=11, max_sequences=1), [length])
 
 
+@pytest.mark.usefixtures("ahead")
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_preemption_changes_nothing(twin: Twin, page_size: int) -> None:
     # Room for the longest alone, so that the others must give way to it again and again.

@@ -31,8 +31,13 @@ class StepLayout:
     """(sequences + 1,), rising from 0 to the number of pages."""
     pages: Int32s
     """Page numbers of all sequences, one after another."""
-    slots: Int64s
-    """(tokens,): page * page_size + offset, where each token's key and value are written."""
+
+    def places(self) -> tuple[Int32s, Int32s]:
+        """Of each token: its sequence, and its position there; (tokens,) each."""
+        counts = np.diff(self.query_starts)
+        rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        before = self.context_lens - self.query_starts[1:]
+        return rows, np.arange(self.query_starts[-1], dtype=np.int32) + before[rows]
 
 
 class Attention(Protocol):
@@ -74,7 +79,6 @@ def spare_layout(
         context_lens=np.array(contexts, dtype=np.int32),
         page_starts=starts(pages),
         pages=np.full(sum(pages), SPARE_PAGE, dtype=np.int32),
-        slots=np.zeros(sum(counts), dtype=np.int64),
     )
 
 

@@ -288,10 +288,7 @@ class _Append:
 
     def locate(self, layout: StepLayout) -> torch.Tensor:
         """Take the places of a step's tokens; the layout's pages, on the device."""
-        counts = np.diff(layout.query_starts)
-        rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        before = layout.context_lens - layout.query_starts[1:]
-        positions = np.arange(layout.query_starts[-1], dtype=np.int32) + before[rows]
+        rows, positions = layout.places()
         last = _last_page_lens(layout, self._cache.shape.page_size)
         parts = (rows, positions, layout.page_starts, last, layout.pages)
         # One copy for all.
@@ -331,5 +328,4 @@ def _pad(layout: StepLayout, sequences: int) -> StepLayout:
         context_lens=np.concatenate((layout.context_lens, ones)),
         page_starts=np.concatenate((layout.page_starts, layout.page_starts[-1] + more)),
         pages=np.concatenate((layout.pages, ones * SPARE_PAGE)),
-        slots=np.concatenate((layout.slots, np.zeros(missing, dtype=np.int64))),
     )

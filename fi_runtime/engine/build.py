@@ -135,7 +135,7 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     fitting = available_memory(device) * 3 // 4 // (shape.nbytes(dtype) // shape.tokens)
     _check_cache(shape, dtype, fitting)
     cache = KVCache(shape, dtype, device)
-    runner = Runner(model, ReferenceAttention(cache), config.page_size, device)
+    runner = Runner(model, ReferenceAttention(cache), config.page_size, config.max_sequences)
     return Built(model.config, runner, shape.pages, _max_context(config, model.config, shape))
 
 
@@ -169,10 +169,10 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     cache = KVCache(shape, dtype, device)
     attention = FlashInferAttention(cache, model.config.heads, limits, config.attention_backend)
     phases.end("cache")
-    graphs = DecodeGraphs(model, attention, sizes) if sizes else None
+    graphs = DecodeGraphs(model, attention, sizes, config.max_sequences) if sizes else None
     attention.log_what_runs()
     phases.end("graphs")
-    runner = Runner(model, attention, config.page_size, device, graphs)
+    runner = Runner(model, attention, config.page_size, config.max_sequences, graphs)
     return Built(model.config, runner, shape.pages, max_context)
 
 

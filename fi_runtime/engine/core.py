@@ -14,10 +14,10 @@ from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import build
 from fi_runtime.engine.guides import DeadEnd, Guide, Guides
 from fi_runtime.engine.phases import Phases
-from fi_runtime.engine.runner import Sampled
+from fi_runtime.engine.runner import Launched
 from fi_runtime.engine.scheduler import Scheduler
-from fi_runtime.engine.sequence import Sequence, SequenceKey
-from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats
+from fi_runtime.engine.sequence import Chunk, Sequence, SequenceKey
+from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,10 @@ class Generation:
 
 class Engine:
     """Continuous batching over a paged cache.
+
+    On a GPU a step is launched while the one before it is computed: the next one's tokens are
+    chosen by then, but known only to the device. Sequences whose next token depends on the last
+    one by more than that, through a guide or a penalty, make each step wait for the one before it.
 
     Args:
         config: all that it is to be.
@@ -66,6 +70,8 @@ class Engine:
             self.pool, config.page_size, config.max_sequences, config.step_tokens
         )
         self._sequences: dict[SequenceKey, Sequence] = {}
+        self._launched: Launched | None = None
+        """the step whose tokens are not known here yet"""
         self._preemptions_told = 0
         model = self.model_config
         self._guides = Guides(tokenizer, model.vocab_size, model.eos_ids) if tokenizer else None
@@ -77,7 +83,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a step has anything to compute."""
-        return bool(self._sequences)
+        return bool(self._sequences) or self._launched is not None
 
     def add(self, key: SequenceKey, prompt: list[int], params: SamplingParams) -> None:
         """Queue a new sequence.
@@ -139,25 +145,48 @@ class Engine:
         )
 
     def step(self) -> list[tuple[SequenceKey, Output]]:
-        """Compute one step; what it gave each sequence that has a new token."""
-        refused = self._take_guides()
-        chunks = self.scheduler.schedule()
-        if not chunks:
-            return refused
-        completing = [chunk.sequence for chunk in chunks if chunk.completes]
-        try:
-            sampled = self._runner.run(chunks)
-        except torch.AcceleratorError:  # after which nothing on the device can be relied on
-            raise
-        except Exception as error:  # what one sequence did to a step must not end the engine
-            log.exception("a step of %d sequences failed", len(chunks))
-            return refused + [self._give_up(chunk.sequence, error) for chunk in chunks]
+        """Launch a step; what the one before it gave each sequence that has a new token."""
+        outputs = self._take_guides()
+        if self._launched is not None and any(one.looks_back for one in self._launched.sequences):
+            outputs += self._collect()
+        launched = None
+        if chunks := self.scheduler.schedule():
+            try:
+                launched = self._launch(chunks)
+            except torch.AcceleratorError:  # after which nothing on the device can be relied on
+                raise
+            except Exception as error:  # what one sequence did to a step must not end the engine
+                log.exception("a step of %d sequences failed", len(chunks))
+                outputs += [self._give_up(chunk.sequence, error) for chunk in chunks]
+        outputs += self._collect()
+        self._launched = launched
+        if not self._runner.runs_ahead:
+            outputs += self._collect()
+        return outputs
+
+    def _launch(self, chunks: list[Chunk]) -> Launched:
+        launched = self._runner.launch(chunks)
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.count
-        return refused + [
-            (sequence.key, self._advance(sequence, new))
-            for sequence, new in zip(completing, sampled, strict=True)
-        ]
+        for sequence in launched.sequences:
+            sequence.pending = True
+        return launched
+
+    def _collect(self) -> list[tuple[SequenceKey, Output]]:
+        """What the launched step gave, once it is computed; nothing if there is none."""
+        launched, self._launched = self._launched, None
+        if launched is None:
+            return []
+        tokens, logprobs = launched.wait()
+        outputs = []
+        for row, sequence in enumerate(launched.sequences):
+            sequence.pending = False
+            # It may have ended meanwhile, and even another have come by its name.
+            if self._sequences.get(sequence.key) is sequence:
+                dead_end = launched.dead_ends.get(row, "")
+                output = self._advance(sequence, tokens[row], logprobs[row], dead_end)
+                outputs.append((sequence.key, output))
+        return outputs
 
     def _take_guides(self) -> list[tuple[SequenceKey, Output]]:
         """Queue the sequences whose guides have been compiled; what those get that cannot be."""
@@ -202,35 +231,43 @@ class Engine:
         reason = f"the engine could not compute it: {error!r}; the server's log has more"
         return sequence.key, Output(sequence.key[1], [], None, "failed", reason)
 
-    def _advance(self, sequence: Sequence, new: Sampled) -> Output:
+    def _advance(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprobs: list[TokenLogprob] | None,
+        dead_end: str,
+    ) -> Output:
         """Append a token; where it ends the sequence, free its pages."""
-        try:
-            if sequence.guide is not None:
-                if new.dead_end:
-                    raise DeadEnd(new.dead_end)
-                sequence.guide.advance(new.token)
-        except (DeadEnd, ValueError) as error:
-            self.abort(sequence.key)
-            reason = f"its guide cannot be followed any further: {error}"
-            return Output(sequence.key[1], [], None, "failed", reason)
-        sequence.tokens.append(new.token)
-        finish = self._finish_reason(sequence, new.token)
+        if sequence.guide is not None:
+            try:
+                if dead_end:
+                    raise DeadEnd(dead_end)
+                sequence.guide.advance(token)
+            except (DeadEnd, ValueError) as error:
+                self.abort(sequence.key)
+                reason = f"its guide cannot be followed any further: {error}"
+                return Output(sequence.key[1], [], None, "failed", reason)
+        sequence.tokens.append(token)
+        finish = self._finish_reason(sequence, token)
         if finish is not None:
             self.abort(sequence.key)
         return Output(
             request=sequence.key[1],
-            tokens=[new.token],
-            logprobs=None if new.logprobs is None else [new.logprobs],
+            tokens=[token],
+            logprobs=None if logprobs is None else [logprobs],
             finish=finish,
         )
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        guide_ends = sequence.guide.eos_ids if sequence.guide is not None else frozenset()
-        if token in sequence.end_ids or token in guide_ends:
+        if token in sequence.end_ids:
             return "stop"
-        if sequence.guide is not None and sequence.guide.is_complete:
-            return "complete"
-        if sequence.num_generated >= sequence.params.max_tokens:
+        if sequence.guide is not None:
+            if token in sequence.guide.eos_ids:
+                return "stop"
+            if sequence.guide.is_complete:
+                return "complete"
+        if len(sequence.tokens) == sequence.max_length:
             return "length"
         return None
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout
@@ -27,19 +28,27 @@ class _Graph:
     """
 
     def __init__(
-        self, model: Decoder, attention: GraphDecodeAttention, logits: torch.Tensor, pool: Any
+        self,
+        model: Decoder,
+        attention: GraphDecodeAttention,
+        logits: torch.Tensor,
+        last_tokens: torch.Tensor,
+        pool: Any,
     ) -> None:
         sequences, device = len(logits), logits.device
         self._model = model
         self._attention = attention
         self._logits = logits
+        self._last_tokens = last_tokens
         self._pool = pool
-        self._tokens = torch.zeros(sequences, dtype=torch.int64, device=device)
+        # Tokens, and the slots that those chosen after them go to: padding's to the spare one.
+        self._inputs = torch.zeros((2, sequences), dtype=torch.int64, device=device)
+        self._inputs[1] = len(last_tokens) - 1
         # The rows of Draws. What padding is drawn with does not matter.
         self._draws = torch.zeros((len(Draws._fields), sequences), device=device)
         self._forward, self._likeliest = self._capture(self._compute)
         self._forward.replay()  # logits to try the drawing with
-        self._draw, self._drawn = self._capture(lambda: choose(logits, Draws(*self._draws)))
+        self._draw, self._drawn = self._capture(self._choose)
 
     def _capture(
         self, compute: Callable[[], torch.Tensor]
@@ -53,15 +62,27 @@ class _Graph:
         return graph, result
 
     def _compute(self) -> torch.Tensor:
-        hidden = self._model(self._tokens, self._attention.positions, self._attention)
+        tokens = known_tokens(self._inputs[0], self._last_tokens)
+        hidden = self._model(tokens, self._attention.positions, self._attention)
         self._logits.copy_(self._model.head(hidden))
-        return self._logits.argmax(dim=-1)
+        return self._keep(self._logits.argmax(dim=-1))
 
-    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
-        self._tokens[: len(tokens)].copy_(upload(tokens, self._tokens.device))
+    def _choose(self) -> torch.Tensor:
+        return self._keep(choose(self._logits, Draws(*self._draws)))
+
+    def _keep(self, chosen: torch.Tensor) -> torch.Tensor:
+        self._last_tokens[self._inputs[1]] = chosen
+        return chosen
+
+    def forward(self, layout: StepLayout, tokens: Int64s, slots: Int64s) -> torch.Tensor:
+        count, size = len(tokens), self._inputs.shape[1]
+        inputs = np.zeros((2, size), dtype=np.int64)
+        inputs[0, :count], inputs[1, :count] = tokens, slots
+        inputs[1, count:] = len(self._last_tokens) - 1
+        self._inputs.copy_(upload(inputs, self._inputs.device))
         self._attention.plan(layout)
         self._forward.replay()
-        return self._logits[: len(tokens)]
+        return self._logits[:count]
 
     def choose(self, draws: torch.Tensor | None) -> torch.Tensor:
         if draws is None:
@@ -76,10 +97,21 @@ class DecodeGraphs:
 
     Args:
         sizes: numbers of sequences to capture, rising; a step is padded to the next.
+        max_sequences: sequences that run at a time; their slots are below it.
     """
 
-    def __init__(self, model: Decoder, attention: FlashInferAttention, sizes: list[int]) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        attention: FlashInferAttention,
+        sizes: list[int],
+        max_sequences: int,
+    ) -> None:
         self._sizes = sizes
+        self.last_tokens = torch.zeros(
+            max_sequences + 1, dtype=torch.int64, device=model.embedding.device
+        )
+        """the token chosen last in each slot; padding's go to the spare one after them"""
         self._graphs: dict[int, _Graph] = {}
         self.nbytes: dict[int, int] = {}
         """of the device's memory, that each size took beyond the larger ones"""
@@ -95,7 +127,9 @@ class DecodeGraphs:
                     log.info("capturing decode graphs: %d of %d", done, len(sizes))
                 torch.cuda.empty_cache()  # as the capture does: what it frees is not its gain
                 free = torch.cuda.mem_get_info()[0]
-                self._graphs[size] = _Graph(model, attention.for_graph(size), logits[:size], pool)
+                self._graphs[size] = _Graph(
+                    model, attention.for_graph(size), logits[:size], self.last_tokens, pool
+                )
                 self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
         self._last = self._graphs[sizes[-1]]
         """of the last step"""
@@ -109,25 +143,38 @@ class DecodeGraphs:
     def fits(self, sequences: int) -> bool:
         return sequences <= self._sizes[-1]
 
-    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+    def forward(self, layout: StepLayout, tokens: Int64s, slots: Int64s) -> torch.Tensor:
         """The logits after one token of each sequence: (sequences, vocab), until the next step.
+
+        The likeliest tokens are kept in the slots.
 
         Args:
             layout: of the step.
-            tokens: (sequences,).
+            tokens: (sequences,), as ``known_tokens`` takes them.
+            slots: (sequences,).
         """
         size = self._sizes[bisect.bisect_left(self._sizes, len(tokens))]
         self._last = self._graphs[size]
-        return self._last.forward(layout, tokens)
+        return self._last.forward(layout, tokens, slots)
 
     def choose(self, draws: torch.Tensor | None, sequences: int) -> torch.Tensor:
-        """Tokens from the last step's logits: (sequences,), until the next step.
+        """Tokens from the last step's logits: (sequences,), until the next step. Kept likewise.
 
         Args:
             draws: (5, sequences), the rows of ``Draws``; None where all are greedy.
             sequences: of that step.
         """
         return self._last.choose(draws)[:sequences]
+
+
+def known_tokens(tokens: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
+    """Put in tokens that the host did not know: -1 - slot stands for the one chosen last there.
+
+    Args:
+        tokens: (tokens,), int64.
+        last_tokens: (slots,), int64.
+    """
+    return torch.where(tokens < 0, last_tokens[(-1 - tokens).clamp(min=0)], tokens)
 
 
 def padded_sizes(max_sequences: int) -> list[int]:

@@ -40,7 +40,9 @@ def room_for_cache(
     # Captures give back what torch keeps of the step, which the next step will take again.
     torch.cuda.empty_cache()
     before = _in_use()
-    graphs = DecodeGraphs(model, attention, graph_sizes[-2:]) if graph_sizes else None
+    graphs = (
+        DecodeGraphs(model, attention, graph_sizes[-2:], limits.sequences) if graph_sizes else None
+    )
     captured = _in_use() - before
     more = min(graphs.nbytes.values()) * (len(graph_sizes) - len(graphs.nbytes)) if graphs else 0
     total = torch.cuda.mem_get_info()[1]
@@ -70,8 +72,9 @@ def _run_largest_step(
     device = model.embedding.device
     each = min(limits.tokens, limits.context)
     layout = spare_layout([each] * (limits.tokens // each), page_size)
-    tokens = torch.zeros(len(layout.slots), dtype=torch.int64, device=device)
-    positions = torch.zeros(len(layout.slots), dtype=torch.int32, device=device)
+    count = int(layout.query_starts[-1])
+    tokens = torch.zeros(count, dtype=torch.int64, device=device)
+    positions = torch.zeros(count, dtype=torch.int32, device=device)
     attention.plan(layout)
     hidden = model(tokens, positions, attention)
     logits = model.logits(hidden[: limits.sequences])

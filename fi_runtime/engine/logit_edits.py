@@ -30,7 +30,7 @@ def edited(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
         (rows, vocab); ``logits`` itself where nothing is asked for.
     """
     # Most ask for nothing, and every step comes by here.
-    asking = [(row, one) for row, one in enumerate(sequences) if _asks_for_edits(one)]
+    asking = [(row, one) for row, one in enumerate(sequences) if one.looks_back]
     if not asking:
         return logits
     edits = _Sparse(), _Sparse(), _Sparse()
@@ -77,18 +77,6 @@ class _Sparse:
             for parts in (self._rows, self._tokens, self._values)
         )
         return (rows, tokens), values
-
-
-def _asks_for_edits(sequence: Sequence) -> bool:
-    params = sequence.params
-    return (
-        sequence.guide is not None
-        or params.min_tokens > 0
-        or bool(params.logit_bias or params.bad_tokens)
-        or params.repetition_penalty != 1.0
-        or params.frequency_penalty != 0.0
-        or params.presence_penalty != 0.0
-    )
 
 
 def _edits_of(sequence: Sequence) -> Iterator[tuple[Int64s, Float32s]]:

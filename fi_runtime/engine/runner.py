@@ -1,4 +1,4 @@
-"""Computes a step: fills its tensors, runs the model and chooses the tokens that follow."""
+"""Computes steps: fills their tensors, runs the model and chooses the tokens that follow."""
 
 from dataclasses import dataclass
 
@@ -7,62 +7,90 @@ import torch
 
 from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout, starts
 from fi_runtime.engine import sampler
-from fi_runtime.engine.decode_graphs import DecodeGraphs
+from fi_runtime.engine.decode_graphs import DecodeGraphs, known_tokens
+from fi_runtime.engine.download import Download
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
-from fi_runtime.engine.sequence import Chunk
+from fi_runtime.engine.sequence import Chunk, Sequence
+from fi_runtime.engine.slots import Slots
 from fi_runtime.messages import TokenLogprob
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """The token chosen for a sequence."""
+class Launched:
+    """A step that the device computes, or has computed."""
 
-    token: int
-    logprobs: list[TokenLogprob] | None
-    dead_end: str = ""
-    """why its guide lets no token follow; the token means nothing then"""
+    sequences: list[Sequence]
+    """those that get a token"""
+    dead_ends: dict[int, str]
+    """of rows whose guides let no token follow, and why; their tokens mean nothing"""
+    _tokens: Download
+    _logprobs: sampler.Logprobs | None
+
+    def wait(self) -> tuple[list[int], list[list[TokenLogprob] | None]]:
+        """Each sequence's token and, where it asked for them, its logprobs, once they are here."""
+        tokens: list[int] = self._tokens.wait().tolist()
+        if self._logprobs is None:
+            return tokens, [None] * len(tokens)
+        return tokens, self._logprobs.wait(tokens)
 
 
 class Runner:
+    """Launches steps, each of which may count on tokens that those before it choose.
+
+    Args:
+        max_sequences: sequences that run at a time; their slots are below it.
+        graphs: of decode steps, if they are to be replayed.
+    """
+
     def __init__(
         self,
         model: Decoder,
         attention: Attention,
         page_size: int,
-        device: torch.device,
+        max_sequences: int,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._page_size = page_size
-        self._device = device
+        self._device = model.embedding.device
         self._graphs = graphs
+        self._slots = Slots(max_sequences)
+        self._last = (
+            graphs.last_tokens
+            if graphs is not None
+            else torch.zeros(max_sequences + 1, dtype=torch.int64, device=self._device)
+        )
+        """the token chosen last in each slot"""
+
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step is computed while the host goes on."""
+        return self._device.type == "cuda"
 
     @torch.inference_mode()
-    def run(self, chunks: list[Chunk]) -> list[Sampled]:
-        """Compute the chunks; one result for each that completes its sequence, in their order."""
-        layout, tokens, positions = self._lay_out(chunks)
+    def launch(self, chunks: list[Chunk]) -> Launched:
+        """Have the chunks computed, and a token chosen for each that completes its sequence."""
+        layout, tokens = self._lay_out(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
-        params = [sequence.params for sequence in sequences]
-        draws = sampler.draws_of(params, [sequence.num_generated for sequence in sequences])
+        if not sequences:
+            self._forward(layout, tokens)
+            return Launched([], {}, Download(torch.empty(0, dtype=torch.int64)), None)
+        slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
+        draws = self._slots.draws(sequences, slots)
         decoding = len(tokens) == len(chunks) == len(sequences)
         graphs = self._graphs if decoding else None
         if graphs is not None and graphs.fits(len(chunks)):
-            logits = graphs.forward(layout, tokens)
+            logits = graphs.forward(layout, tokens, slots)
         else:
             graphs = None
-            hidden = self._forward(layout, tokens, positions)
-            if not sequences:
-                return []
-            last_rows = [
-                int(end) - 1
-                for chunk, end in zip(chunks, layout.query_starts[1:], strict=True)
-                if chunk.completes
-            ]
-            logits = self._model.logits(hidden[last_rows])
+            hidden = self._forward(layout, tokens)
+            completing = np.array([chunk.completes for chunk in chunks], dtype=bool)
+            rows = (layout.query_starts[1:] - 1)[completing].astype(np.int64)
+            logits = self._model.logits(hidden[upload(rows, self._device)])
         wanted = edited(logits, sequences)
         dead_ends: dict[int, str] = {}
         if any(sequence.guide for sequence in sequences):
@@ -71,45 +99,44 @@ class Runner:
             chosen = graphs.choose(draws, len(sequences))
         else:
             chosen = sampler.choose(wanted, draws)
-        found: list[int] = chosen.tolist()
-        reported = sampler.logprobs(logits, found, params)
-        return [
-            Sampled(token, logprobs, dead_ends.get(row, ""))
-            for row, (token, logprobs) in enumerate(zip(found, reported, strict=True))
-        ]
+            self._last[upload(slots, self._device)] = chosen
+        return Launched(
+            sequences,
+            dead_ends,
+            Download(chosen),
+            sampler.logprobs(logits, chosen, [sequence.params for sequence in sequences]),
+        )
 
-    def _forward(self, layout: StepLayout, tokens: Int64s, positions: Int32s) -> torch.Tensor:
+    def _forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
         """Hidden states of all the step's tokens: (tokens, hidden)."""
         self._attention.plan(layout)
+        there = upload(tokens, self._device)
+        if (tokens < 0).any():
+            there = known_tokens(there, self._last)
         return self._model(
-            upload(tokens, self._device),
-            upload(positions, self._device),
+            there,
+            upload(layout.places()[1], self._device),
             self._attention,
         )
 
-    def _lay_out(self, chunks: list[Chunk]) -> tuple[StepLayout, Int64s, Int32s]:
-        """The step's layout, its tokens, (tokens,) int64, and their positions, (tokens,) int32."""
-        tokens, positions, slots = [], [], []
+    def _lay_out(self, chunks: list[Chunk]) -> tuple[StepLayout, Int64s]:
+        """The step's layout and its tokens, (tokens,) int64, as ``known_tokens`` takes them."""
+        tokens: list[int] = []
         for chunk in chunks:
             sequence, start = chunk.sequence, chunk.sequence.num_cached
-            tokens.append(np.array(sequence.tokens[start : start + chunk.count], dtype=np.int64))
-            at = np.arange(start, start + chunk.count, dtype=np.int64)
-            positions.append(at)
-            pages = np.array(sequence.pages, dtype=np.int64)
-            slots.append(pages[at // self._page_size] * self._page_size + at % self._page_size)
-        contexts = np.array([c.sequence.num_cached + c.count for c in chunks], dtype=np.int32)
+            if start == len(sequence.tokens):
+                tokens.append(-1 - sequence.slot)
+            else:
+                tokens += sequence.tokens[start : start + chunk.count]
+        counts: Int32s = np.array([chunk.count for chunk in chunks], dtype=np.int32)
+        cached: Int32s = np.array([chunk.sequence.num_cached for chunk in chunks], dtype=np.int32)
+        contexts = cached + counts
         # Only pages that hold context; a chunked prompt owns more than it has filled.
         page_counts = -(-contexts // self._page_size)
         layout = StepLayout(
-            query_starts=starts([chunk.count for chunk in chunks]),
+            query_starts=starts(counts),
             context_lens=contexts,
             page_starts=starts(page_counts),
-            pages=np.concatenate(
-                [
-                    np.array(chunk.sequence.pages[:count], dtype=np.int32)
-                    for chunk, count in zip(chunks, page_counts, strict=True)
-                ]
-            ),
-            slots=np.concatenate(slots),
+            pages=self._slots.pages([chunk.sequence for chunk in chunks], page_counts.tolist()),
         )
-        return layout, np.concatenate(tokens), np.concatenate(positions).astype(np.int32)
+        return layout, np.array(tokens, dtype=np.int64)

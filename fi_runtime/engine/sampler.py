@@ -6,27 +6,35 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fi_runtime.engine.download import Download
 from fi_runtime.kernels import sampling
 from fi_runtime.messages import SamplingParams, TokenLogprob
 from fi_runtime.upload import upload
 
+Float64s = npt.NDArray[np.float64]
 
-def draws_of(params: Seq[SamplingParams], indices: Seq[int]) -> torch.Tensor | None:
-    """What ``Draws`` holds, row by row: (5, rows), float64, on the host; None if all are greedy.
+
+def knobs_of(params: SamplingParams) -> tuple[float, float, float, float]:
+    """Temperature, top_k, top_p and min_p, as ``Draws`` orders them."""
+    return params.temperature, params.top_k, params.top_p, params.min_p
+
+
+def draws_of(
+    knobs: Float64s, seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
+) -> torch.Tensor:
+    """What ``Draws`` holds, row by row: (5, rows), float64, on the host, contiguous.
 
     What a row gets depends on its own logits, parameters and index alone, never on the rows
     beside it: its random number is a hash of its seed and index.
 
     Args:
-        params: of each row's sequence.
-        indices: of the token in each row's output, 0 for the first.
+        knobs: (4, rows), a column of ``knobs_of`` for each.
+        seeds: (rows,).
+        indices: (rows,), of the token in each row's output, 0 for the first.
     """
-    if all(p.temperature == 0 for p in params):
-        return None
-    table = np.array([(p.temperature, p.top_k, p.top_p, p.min_p) for p in params]).T
-    seeds = np.array([p.seed for p in params], dtype=np.uint64)
-    random = uniforms(seeds, np.array(indices, dtype=np.uint64))
-    return torch.from_numpy(np.ascontiguousarray(np.concatenate((table, random[None]))))
+    draws = np.empty((5, len(seeds)))
+    draws[:4], draws[4] = knobs, uniforms(seeds, indices)
+    return torch.from_numpy(draws)
 
 
 def choose(logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
@@ -42,37 +50,55 @@ def choose(logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
     return sampling.choose(logits, sampling.Draws(*there))
 
 
+class Logprobs:
+    """Of each row's chosen token and its likeliest ones, on their way from the device."""
+
+    def __init__(
+        self, logits: torch.Tensor, chosen: torch.Tensor, rows: list[int], counts: list[int]
+    ) -> None:
+        self._rows, self._counts = rows, counts
+        there = upload(np.array(rows, dtype=np.int64), logits.device)
+        table = logits[there].log_softmax(dim=-1)
+        own = table.gather(1, chosen[there][:, None])
+        ranks = (table > own).sum(dim=-1) + 1
+        # the schema bounds params.logprobs, not the vocabulary
+        values, ids = table.topk(min(max(counts), table.shape[-1]), dim=-1)
+        self._own, self._ranks = Download(own[:, 0]), Download(ranks)
+        self._values, self._ids = Download(values), Download(ids)
+
+    def wait(self, tokens: Seq[int]) -> list[list[TokenLogprob] | None]:
+        """Each row's chosen token, then its likeliest ones; None where none were asked for."""
+        result: list[list[TokenLogprob] | None] = [None] * len(tokens)
+        parts = (self._own, self._ranks, self._values, self._ids)
+        columns = (part.wait().tolist() for part in parts)
+        for row, count, own, rank, values, ids in zip(
+            self._rows, self._counts, *columns, strict=True
+        ):
+            likeliest = zip(ids, values, range(1, len(ids) + 1), strict=True)
+            result[row] = [
+                TokenLogprob(tokens[row], own, rank),
+                *(TokenLogprob(*one) for one in list(likeliest)[:count]),
+            ]
+        return result
+
+
 def logprobs(
-    logits: torch.Tensor, tokens: Seq[int], params: Seq[SamplingParams]
-) -> list[list[TokenLogprob] | None]:
-    """Each row's chosen token and its likeliest ones, as many as asked for; None where none were.
+    logits: torch.Tensor, chosen: torch.Tensor, params: Seq[SamplingParams]
+) -> Logprobs | None:
+    """What rows ask to be told of their tokens' probabilities; None if nothing.
 
     Args:
         logits: (rows, vocab), float32, as the model gave them.
-        tokens: the chosen token of each row.
+        chosen: (rows,), int64: the token of each row.
     """
-    result: list[list[TokenLogprob] | None] = [None] * len(tokens)
-    rows = [row for row, p in enumerate(params) if p.logprobs is not None]
-    if not rows:
-        return result
-    table = logits[rows].log_softmax(dim=-1)
-    own = table.gather(1, torch.tensor([[tokens[row]] for row in rows], device=table.device))
-    ranks = (table > own).sum(dim=-1) + 1
-    # the schema bounds params.logprobs, not the vocabulary
-    most = min(max(params[row].logprobs or 0 for row in rows), table.shape[-1])
-    values, ids = table.topk(most, dim=-1)
-    for at, row in enumerate(rows):
-        likeliest = zip(ids[at].tolist(), values[at].tolist(), range(1, most + 1), strict=True)
-        result[row] = [
-            TokenLogprob(tokens[row], own[at].item(), int(ranks[at])),
-            *(TokenLogprob(*one) for one in list(likeliest)[: params[row].logprobs]),
-        ]
-    return result
+    asking = [(row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None]
+    if not asking:
+        return None
+    rows, counts = zip(*asking, strict=True)
+    return Logprobs(logits, chosen, list(rows), list(counts))
 
 
-def uniforms(
-    seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.float64]:
+def uniforms(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> Float64s:
     """Random numbers in [0, 1), one for each pair of seed and index.
 
     SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number

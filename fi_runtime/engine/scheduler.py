@@ -12,6 +12,9 @@ class Scheduler:
     the pages of all its tokens. When a decoding one needs a page and none is free, the youngest
     running sequence gives up its pages and goes back to the head of the queue, to be computed
     again; since any sequence alone fits the pool, the oldest always moves on.
+
+    It counts on tokens that launched steps will have chosen: a sequence moves on before its last
+    token is known here.
     """
 
     def __init__(
@@ -19,8 +22,8 @@ class Scheduler:
     ) -> None:
         self._pool = pool
         self._page_size = page_size
-        self._max_sequences = max_sequences
         self._step_tokens = step_tokens
+        self._free_slots = list(reversed(range(max_sequences)))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """oldest first"""
@@ -38,17 +41,21 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
+            if sequence.length == sequence.max_length:
+                continue  # its last token is on its way
             count = min(sequence.num_uncached, budget + 1)
             if count and self._hold_pages(sequence):
                 chunks.append(Chunk(sequence, count))
                 budget -= count - 1
-        while self.waiting and len(self.running) < self._max_sequences and budget > 0:
+        while self.waiting and self._free_slots and budget > 0:
             sequence = self.waiting[0]
             needed = self._pages_for(len(sequence.tokens))
-            if needed > self._pool.free:
+            # One that was set back is computed again once all its tokens are known.
+            if needed > self._pool.free or sequence.pending:
                 break
             self.waiting.popleft()
             sequence.pages = self._pool.take(needed)
+            sequence.slot = self._free_slots.pop()
             self.running.append(sequence)
             count = min(sequence.num_uncached, budget)
             chunks.append(Chunk(sequence, count))
@@ -57,18 +64,20 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""
-        if sequence in self.running:
+        if sequence.slot >= 0:
             self.running.remove(sequence)
+            self._stop(sequence)
         else:
             self.waiting.remove(sequence)
-        self._drop_pages(sequence)
 
     def _hold_pages(self, sequence: Sequence) -> bool:
         """See that every token of a running sequence has its page; false if it was preempted."""
-        missing = self._pages_for(len(sequence.tokens)) - len(sequence.pages)
+        missing = self._pages_for(sequence.length) - len(sequence.pages)
+        if missing <= 0:
+            return True
         while missing > self._pool.free:
             youngest = self.running.pop()
-            self._drop_pages(youngest)
+            self._stop(youngest)
             self.waiting.appendleft(youngest)
             self.num_preemptions += 1
             if youngest is sequence:
@@ -76,10 +85,15 @@ class Scheduler:
         sequence.pages += self._pool.take(missing)
         return True
 
-    def _drop_pages(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
+        """Take back what a running sequence holds.
+
+        RACE: a step that was launched may still write to its pages. Whoever has them next is
+        computed by a later step, and so after it.
+        """
         self._pool.give_back(sequence.pages)
-        sequence.pages = []
-        sequence.num_cached = 0
+        self._free_slots.append(sequence.slot)
+        sequence.pages, sequence.slot, sequence.num_cached = [], -1, 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_size)

@@ -19,25 +19,53 @@ class Sequence:
     """tokens that end it"""
     guide: Guide | None = None
     """what its text has to match, as far as it has come"""
-    prompt_length: int = field(init=False)
+    slot: int = -1
+    """its place among those that run; -1 while it waits"""
     pages: list[int] = field(default_factory=list)
     num_cached: int = 0
-    """leading tokens whose keys and values are in the cache"""
+    """leading tokens whose keys and values are in the cache, or will be once the steps that were
+    launched have been computed"""
+    pending: bool = False
+    """whether a step that was launched chooses a token to follow, which is not known here yet"""
+    prompt_length: int = field(init=False)
+    max_length: int = field(init=False)
+    edits_logits: bool = field(init=False)
+    """whether its parameters change logits before a token is chosen"""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+        params = self.params
+        self.max_length = self.prompt_length + params.max_tokens
+        self.edits_logits = (
+            params.min_tokens > 0
+            or bool(params.logit_bias or params.bad_tokens)
+            or params.repetition_penalty != 1.0
+            or params.frequency_penalty != 0.0
+            or params.presence_penalty != 0.0
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens, the pending one among them."""
+        return len(self.tokens) + self.pending
 
     @property
     def num_generated(self) -> int:
+        """Output tokens that are known."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def num_uncached(self) -> int:
         """Tokens to compute before the next one can be chosen: 1 while decoding."""
-        return len(self.tokens) - self.num_cached
+        return self.length - self.num_cached
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether all its tokens must be known here before the next one can be chosen."""
+        return self.edits_logits or self.guide is not None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Chunk:
     """The tokens of one sequence that one step computes: ``count`` from ``sequence.num_cached``."""
 
@@ -46,5 +74,8 @@ class Chunk:
 
     @property
     def completes(self) -> bool:
-        """Whether the step computes the sequence's last token, so that a next one is chosen."""
+        """Whether the step computes the sequence's last token, so that a next one is chosen.
+
+        Asked before the step is launched.
+        """
         return self.count == self.sequence.num_uncached

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
 
 from fi_runtime.config import ConfigError
 
@@ -29,6 +28,9 @@ def tokenizer_file(checkpoint: Path, scratch: Path) -> Path:
         except Exception as error:  # the library raises no other kind
             raise ConfigError(f"{file}: cannot be read as a tokenizer: {error}") from error
         return file
+    # It takes seconds to import, which only such a checkpoint has to wait for.
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             checkpoint, local_files_only=True, trust_remote_code=False

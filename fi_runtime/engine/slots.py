@@ -1,0 +1,60 @@
+"""What steps need of each running sequence, in rows that numpy takes at once."""
+
+import numpy as np
+import torch
+
+from fi_runtime.attention.base import Int32s, Int64s
+from fi_runtime.engine import sampler
+from fi_runtime.engine.sequence import Sequence
+
+FIRST_PAGES = 64
+"""that a row has room for at first"""
+
+
+class Slots:
+    """Pages and sampling parameters of the sequences that run, by slot."""
+
+    def __init__(self, max_sequences: int) -> None:
+        self._lists: list[list[int]] = [[] for _ in range(max_sequences)]
+        """whose pages a row holds: a sequence that stops and runs again has a new list"""
+        self._held = [0] * max_sequences
+        """how many of them"""
+        self._rows: list[Int32s] = [
+            np.zeros(FIRST_PAGES, dtype=np.int32) for _ in range(max_sequences)
+        ]
+        self._knobs = np.zeros((4, max_sequences))
+        self._seeds = np.zeros(max_sequences, dtype=np.uint64)
+
+    def pages(self, sequences: list[Sequence], counts: list[int]) -> Int32s:
+        """The first pages of each sequence, as many as ``counts`` says, one after another."""
+        for sequence in sequences:
+            slot = sequence.slot
+            if self._lists[slot] is not sequence.pages or self._held[slot] != len(sequence.pages):
+                self._refresh(sequence)
+        rows = self._rows
+        return np.concatenate(
+            [rows[one.slot][:count] for one, count in zip(sequences, counts, strict=True)]
+        )
+
+    def draws(self, sequences: list[Sequence], slots: Int64s) -> torch.Tensor | None:
+        """``sampler.draws_of`` of sequences that ``pages`` was asked for; ``slots``: theirs."""
+        knobs = self._knobs[:, slots]
+        if not knobs[0].any():
+            return None  # all are greedy
+        indices = np.array([one.length - one.prompt_length for one in sequences], dtype=np.uint64)
+        return sampler.draws_of(knobs, self._seeds[slots], indices)
+
+    def _refresh(self, sequence: Sequence) -> None:
+        slot, pages = sequence.slot, sequence.pages
+        if self._lists[slot] is not pages:
+            self._lists[slot] = pages
+            self._knobs[:, slot] = sampler.knobs_of(sequence.params)
+            self._seeds[slot] = sequence.params.seed
+            self._held[slot] = 0
+        if len(pages) > len(self._rows[slot]):
+            grown = np.zeros(2 * len(pages), dtype=np.int32)
+            grown[: self._held[slot]] = self._rows[slot][: self._held[slot]]
+            self._rows[slot] = grown
+        held = self._held[slot]
+        self._rows[slot][held : len(pages)] = pages[held:]
+        self._held[slot] = len(pages)
