@@ -18,7 +18,7 @@ from fi_runtime.engine.server import EngineServer
 from fi_runtime.messages import EngineInfo, FinishReason, Output, SamplingParams, Stats
 from fi_runtime.run_folder import RunFolder, starting_lock
 
-TOKEN = 97
+TOKEN = 64
 """a letter in the vocabulary of ``bench.shapes``"""
 
 

@@ -58,6 +58,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         int,
         Meta(ge=0, le=4096, description="sequences up to which a GPU's decode steps are captured"),
     ] = 256
+    piece_graphs: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=65_536,
+            description="tokens up to which a GPU's other steps are captured, all but attention",
+        ),
+    ] = 1024
     page_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a page of the cache")] = 16
     cache_tokens: Annotated[
         int,

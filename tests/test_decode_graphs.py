@@ -1,4 +1,4 @@
-"""The numbers of sequences that decode graphs are captured for."""
+"""The numbers of sequences and tokens that graphs are captured for."""
 
 import itertools
 
@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_runtime.engine.decode_graphs import padded_sizes
+from fi_runtime.engine.piece_graphs import padded_token_counts
 
 
 @given(st.integers(1, 4096))
@@ -15,3 +16,12 @@ def test_padded_sizes_cover_every_batch_without_much_padding(most: int) -> None:
     assert (sizes[0], sizes[-1]) == (1, most)
     for smaller, larger in itertools.pairwise(sizes):
         assert larger - smaller <= max(smaller, 16)
+
+
+@given(st.integers(1, 20_000))
+def test_padded_token_counts_cover_every_step_without_much_padding(most: int) -> None:
+    sizes = padded_token_counts(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == most
+    for smaller, larger in itertools.pairwise(sizes):
+        assert larger - smaller <= max(smaller, 8)

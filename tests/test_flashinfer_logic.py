@@ -10,7 +10,7 @@ import torch
 
 from fi_runtime.attention import flashinfer as module
 from fi_runtime.attention.base import Attention, StepLayout
-from fi_runtime.attention.flashinfer import FlashInferAttention, Limits
+from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, PieceAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from tests.layouts import make_layout
@@ -38,10 +38,15 @@ class Wrapper:
         self.staged.append(id(self._pin_memory_int_workspace_buffer))
         self.planned = (torch.arange(len(last) + 1), starts, pages, last)
 
-    def run(self, q: torch.Tensor, cache: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def run(
+        self,
+        q: torch.Tensor,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         query_starts, starts, pages, last = (each.tolist() for each in self.planned)
         assert len(q) == query_starts[-1]
-        out = torch.empty_like(q)
+        out = torch.empty_like(q) if out is None else out
         for s, length in enumerate(last):
             own = pages[starts[s] : starts[s + 1]]
             context = (len(own) - 1) * cache[0].shape[1] + length
@@ -61,9 +66,15 @@ class Wrapper:
 
 class Prefill(Wrapper):
     def plan(
-        self, query_starts: Any, *arguments: Any, causal: bool = False, **options: Any
+        self,
+        query_starts: Any,
+        *arguments: Any,
+        causal: bool = False,
+        max_token_per_sequence: int = 0,
+        **options: Any,
     ) -> None:
         assert causal
+        assert max_token_per_sequence == int(query_starts.diff().max())
         super().plan(*arguments, **options)
         self.planned = (query_starts, *self.planned[1:])
 
@@ -170,6 +181,36 @@ def test_padding_touches_no_page_of_a_sequence(pair: SimpleNamespace, size: int)
         compare(pair, graph, layout, size - len(contexts))
         assert graph.positions[: len(contexts)].tolist() == [c - 1 for c in contexts]
         assert not graph.positions[len(contexts) :].any()
+
+
+class Replayed:
+    """What a step in pieces does, in the order that its graphs are replayed in."""
+
+    def __init__(self, pieces: PieceAttention, size: int) -> None:
+        self._pieces, self._size, self._count = pieces, size, 0
+
+    def plan(self, layout: StepLayout) -> None:
+        self._pieces.plan(layout)
+        self._count = int(layout.query_starts[-1])
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        assert len(q) == self._size
+        self._pieces.append(layer, k, v)
+        self._pieces.q[: len(q)].copy_(q)
+        self._pieces.attend(layer, self._count)
+        return self._pieces.out
+
+
+def test_steps_in_pieces_write_only_their_own_pages(pair: SimpleNamespace) -> None:
+    rng, pieces = random.Random(7), pair.ours.for_pieces(200, 8)
+    for _ in range(6):
+        contexts = [rng.randint(1, 100) for _ in range(rng.randint(1, 8))]
+        counts = [rng.randint(1, min(context, 24)) for context in contexts]
+        layout = make_layout(counts, contexts, pair.shape.page_size, rng, pair.shape.pages)
+        size = sum(counts) + rng.randint(0, 8)
+        compare(pair, Replayed(pieces, size), layout, size - sum(counts))
 
 
 def test_plans_that_follow_each_other_are_staged_apart(pair: SimpleNamespace) -> None:

@@ -1,5 +1,7 @@
 """Text that comes in pieces must be the text that comes whole."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +57,26 @@ def test_pieces_join_to_the_whole_and_none_is_half_a_character(
         assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces)
 
 
+@settings(max_examples=500, deadline=None)
+@given(
+    tokenizer=st.sampled_from([BYTES, FALLBACK]),
+    prompt=st.text(max_size=6),
+    answer=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40),
+    sizes=st.lists(st.integers(1, 20), min_size=1),
+)
+def test_many_tokens_at_once_say_what_they_say_one_by_one(
+    tokenizer: Tokenizer, prompt: str, answer: str, sizes: list[int]
+) -> None:
+    one, many = (TextStream(tokenizer, tokenizer.encode(prompt).ids) for _ in range(2))
+    left = tokenizer.encode(answer).ids
+    for size in itertools.cycle(sizes):
+        group, left = left[:size], left[size:]
+        assert many.feed_all(group) == "".join(one.feed(token) for token in group)
+        if not left:
+            break
+    assert many.flush() == one.flush()
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(0, 255), max_size=30))
 def test_bytes_that_are_no_text_come_out_all_the_same(tokens: list[int]) -> None:
@@ -81,7 +103,11 @@ def test_no_space_is_lost_after_a_special_token() -> None:
     tokenizer.add_special_tokens(["<s>"])
     special = tokenizer.token_to_id("<s>")
     stream = TextStream(tokenizer, [1])
-    assert "".join(stream.feed(token) for token in [2, special, special, 5, 6]) == " cat on mat"
+    tokens = [2, special, special, 5, 6]
+    assert "".join(stream.feed(token) for token in tokens) == " cat on mat"
+    for cut in range(len(tokens)):
+        stream = TextStream(tokenizer, [1])
+        assert stream.feed_all(tokens[:cut]) + stream.feed_all(tokens[cut:]) == " cat on mat"
 
 
 @settings(max_examples=500, deadline=None)

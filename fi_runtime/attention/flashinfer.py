@@ -102,15 +102,23 @@ class FlashInferAttention:
         self._check(limits)
 
     def plan(self, layout: StepLayout) -> None:
+        self.plan_on(layout, self._append.locate(layout))
+
+    def plan_on(self, layout: StepLayout, pages: torch.Tensor) -> None:
+        """Plan ``attend`` alone; ``pages``: the layout's, on the device."""
         decoding = bool((np.diff(layout.query_starts) == 1).all())
         self._planned = self._decode if decoding else self._prefill
-        self._planned.plan(layout, self._append.locate(layout))
+        self._planned.plan(layout, pages)
 
     def __call__(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     ) -> torch.Tensor:
         self._append(layer, k, v)
-        return self._planned.run(layer, q)
+        return self.attend(layer, q)
+
+    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Attention to what is in the cache, written to ``out`` if it is given."""
+        return self._planned.run(layer, q, out)
 
     def for_graph(self, sequences: int) -> "GraphDecodeAttention":
         """Decode of exactly so many sequences, to be captured in a CUDA graph.
@@ -121,6 +129,10 @@ class FlashInferAttention:
         attention = GraphDecodeAttention(self._common, self._graph_pages, sequences)
         self.runs["graph decode"] = attention.runs
         return attention
+
+    def for_pieces(self, tokens: int, sequences: int) -> "PieceAttention":
+        """Steps of up to so many, of which all but the attention itself is in CUDA graphs."""
+        return PieceAttention(self, self._common, tokens, sequences)
 
     def log_what_runs(self) -> None:
         """One line; loud where it is not what is meant to be used."""
@@ -200,6 +212,66 @@ class GraphDecodeAttention:
         return self._wrapper.run(layer, q)
 
 
+class PieceAttention:
+    """Attention of steps whose other parts are replayed from CUDA graphs, one between two layers.
+
+    Keys and values are written in the graphs, from buffers that never move; attention itself is
+    launched from the host, since how it is split depends on the lengths. Tokens beyond a step's own
+    are padding, written to the spare page.
+
+    Args:
+        tokens: of a step at most.
+        sequences: of a step at most.
+    """
+
+    def __init__(
+        self, attention: FlashInferAttention, common: "_Common", tokens: int, sequences: int
+    ) -> None:
+        self._attention = attention
+        shape, cache = common.cache.shape, common.cache.data
+        # The spare page is the page of a sequence of its own, before all others.
+        parts = (tokens, tokens, sequences + 2, sequences + 1, shape.pages + sequences)
+        self._buffer = torch.zeros(sum(parts), dtype=torch.int32, device=cache.device)
+        self._append = _Append(common.cache)
+        self._rows, self.positions, self._append.page_starts, self._append.last, pages = (
+            torch.split(self._buffer, list(parts))
+        )
+        self._append.pages, self._pages = pages, pages[1:]
+        self._parts = parts
+        self.q = torch.zeros(
+            (tokens, common.heads, shape.head_dim), dtype=cache.dtype, device=cache.device
+        )
+        """(tokens, heads, head_dim): what a graph leaves for ``attend``"""
+        self.out = torch.zeros_like(self.q)
+        """(tokens, heads, head_dim): what ``attend`` leaves for the next one"""
+
+    def plan(self, layout: StepLayout) -> None:
+        """Fill the buffers, and plan the attention of the step."""
+        rows, positions = layout.places()
+        last = _last_page_lens(layout, self._append.page_size)
+        count, sequences = len(positions), len(last)
+        head = np.zeros(sum(self._parts[:-1]) + 1 + len(layout.pages), dtype=np.int32)
+        own_rows, own_positions, page_starts, own_last, pages = np.split(
+            head, np.cumsum(self._parts[:-1])
+        )
+        own_rows[:count], own_positions[:count] = rows + 1, positions
+        page_starts[1 : sequences + 2] = layout.page_starts + 1
+        own_last[0], own_last[1 : sequences + 1] = 1, last
+        pages[0], pages[1:] = SPARE_PAGE, layout.pages
+        self._buffer[: len(head)].copy_(upload(head, self._buffer.device))
+        self._attention.plan_on(layout, self._pages[: len(layout.pages)])
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the keys and values of the first tokens, as many as there are."""
+        self._append.rows = self._rows[: len(k)]
+        self._append.positions = self.positions[: len(k)]
+        self._append(layer, k, v)
+
+    def attend(self, layer: int, count: int) -> None:
+        """Attention of the step's tokens, from ``q`` to ``out``."""
+        self._attention.attend(layer, self.q[:count], self.out[:count])
+
+
 @dataclass(frozen=True)
 class _Common:
     """What all wrappers of an engine share."""
@@ -227,9 +299,9 @@ class _Wrapper:
         with self._common.workspace.staged(self._wrapper):
             self._wrapper.plan(*arguments, **options)
 
-    def run(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self._wrapper.run(q, self._common.cache.layer(layer))
-        return out
+    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        result: torch.Tensor = self._wrapper.run(q, self._common.cache.layer(layer), out=out)
+        return result
 
     def check_backend(self, name: str) -> str:
         """What it runs, once planned.
@@ -275,6 +347,8 @@ class _Wrapper:
         if self._prefill:
             arguments.insert(0, torch.from_numpy(layout.query_starts))
             options["causal"] = True
+            # It would look for it token by token.
+            options["max_token_per_sequence"] = int(np.diff(layout.query_starts).max())
         return arguments, options
 
 
@@ -283,13 +357,14 @@ class _Append:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
+        self.page_size = cache.shape.page_size
         empty = torch.empty(0, dtype=torch.int32, device=cache.data.device)
         self.rows = self.positions = self.page_starts = self.pages = self.last = empty
 
     def locate(self, layout: StepLayout) -> torch.Tensor:
         """Take the places of a step's tokens; the layout's pages, on the device."""
         rows, positions = layout.places()
-        last = _last_page_lens(layout, self._cache.shape.page_size)
+        last = _last_page_lens(layout, self.page_size)
         parts = (rows, positions, layout.page_starts, last, layout.pages)
         # One copy for all.
         there = upload(np.concatenate(parts), self._cache.data.device)

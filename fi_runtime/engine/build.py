@@ -14,6 +14,7 @@ from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.decode_graphs import DecodeGraphs, padded_sizes
 from fi_runtime.engine.gpu_memory import room_for_cache
 from fi_runtime.engine.phases import Phases
+from fi_runtime.engine.piece_graphs import PieceGraphs, padded_token_counts
 from fi_runtime.engine.runner import Runner
 from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuilt
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
@@ -135,7 +136,9 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     fitting = available_memory(device) * 3 // 4 // (shape.nbytes(dtype) // shape.tokens)
     _check_cache(shape, dtype, fitting)
     cache = KVCache(shape, dtype, device)
-    runner = Runner(model, ReferenceAttention(cache), config.page_size, config.max_sequences)
+    runner = Runner(
+        model, ReferenceAttention(cache), config.page_size, _last_tokens(config, device)
+    )
     return Built(model.config, runner, shape.pages, _max_context(config, model.config, shape))
 
 
@@ -147,10 +150,13 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     )
     captured = min(config.decode_graphs, config.max_sequences)
     sizes = padded_sizes(captured) if captured else []
+    in_pieces = min(config.piece_graphs, config.step_tokens)
+    token_counts = padded_token_counts(in_pieces) if in_pieces else []
     room = room_for_cache(
         model,
         limits,
         sizes,
+        token_counts,
         config.page_size,
         config.attention_backend,
         config.gpu_memory_fraction,
@@ -161,7 +167,7 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     if fitting == 0:
         raise ConfigError(
             f"gpu_memory_fraction={config.gpu_memory_fraction}: no memory is left for the cache; "
-            "use a larger one, fewer step_tokens, or fewer decode_graphs"
+            "use a larger one, fewer step_tokens, or fewer decode_graphs or piece_graphs"
         )
     shape = _cache_shape(config, model.config, config.cache_tokens or fitting)
     _check_cache(shape, dtype, fitting)
@@ -169,11 +175,22 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     cache = KVCache(shape, dtype, device)
     attention = FlashInferAttention(cache, model.config.heads, limits, config.attention_backend)
     phases.end("cache")
-    graphs = DecodeGraphs(model, attention, sizes, config.max_sequences) if sizes else None
+    last_tokens = _last_tokens(config, device)
+    graphs = DecodeGraphs(model, attention, sizes, last_tokens) if sizes else None
+    pieces = (
+        PieceGraphs(model, attention, token_counts, last_tokens, config.page_size)
+        if token_counts
+        else None
+    )
     attention.log_what_runs()
     phases.end("graphs")
-    runner = Runner(model, attention, config.page_size, config.max_sequences, graphs)
+    runner = Runner(model, attention, config.page_size, last_tokens, graphs, pieces)
     return Built(model.config, runner, shape.pages, max_context)
+
+
+def _last_tokens(config: EngineConfig, device: torch.device) -> torch.Tensor:
+    """One for each sequence that runs at a time, and one for padding."""
+    return torch.zeros(config.max_sequences + 1, dtype=torch.int64, device=device)
 
 
 def _cache_shape(config: EngineConfig, model: ModelConfig, tokens: int) -> CacheShape:

@@ -97,7 +97,8 @@ class DecodeGraphs:
 
     Args:
         sizes: numbers of sequences to capture, rising; a step is padded to the next.
-        max_sequences: sequences that run at a time; their slots are below it.
+        last_tokens: (slots + 1,), int64: the token chosen last in each slot; padding's go to the
+            spare one after them.
     """
 
     def __init__(
@@ -105,13 +106,9 @@ class DecodeGraphs:
         model: Decoder,
         attention: FlashInferAttention,
         sizes: list[int],
-        max_sequences: int,
+        last_tokens: torch.Tensor,
     ) -> None:
         self._sizes = sizes
-        self.last_tokens = torch.zeros(
-            max_sequences + 1, dtype=torch.int64, device=model.embedding.device
-        )
-        """the token chosen last in each slot; padding's go to the spare one after them"""
         self._graphs: dict[int, _Graph] = {}
         self.nbytes: dict[int, int] = {}
         """of the device's memory, that each size took beyond the larger ones"""
@@ -128,7 +125,7 @@ class DecodeGraphs:
                 torch.cuda.empty_cache()  # as the capture does: what it frees is not its gain
                 free = torch.cuda.mem_get_info()[0]
                 self._graphs[size] = _Graph(
-                    model, attention.for_graph(size), logits[:size], self.last_tokens, pool
+                    model, attention.for_graph(size), logits[:size], last_tokens, pool
                 )
                 self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
         self._last = self._graphs[sizes[-1]]

@@ -10,6 +10,7 @@ from fi_runtime.attention.flashinfer import FlashInferAttention, Limits
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend
 from fi_runtime.engine.decode_graphs import DecodeGraphs
+from fi_runtime.engine.piece_graphs import PieceGraphs
 from fi_runtime.kernels.sampling import Draws, choose
 from fi_runtime.models import Decoder
 
@@ -20,14 +21,15 @@ def room_for_cache(
     model: Decoder,
     limits: Limits,
     graph_sizes: list[int],
+    token_counts: list[int],
     page_size: int,
     backend: Backend,
     fraction: float,
 ) -> int:
     """Bytes that the cache may take so that ``fraction`` of the memory is in use in the end.
 
-    Runs the largest step and captures the two largest decode graphs on a cache of one page, to
-    see what they take; each further graph takes as much more as the second did.
+    Runs the largest step and captures the two largest graphs of each kind on a cache of one page,
+    to see what they take; each further one takes as much more as the second did.
     """
     weights = _in_use()
     config = model.config
@@ -40,25 +42,31 @@ def room_for_cache(
     # Captures give back what torch keeps of the step, which the next step will take again.
     torch.cuda.empty_cache()
     before = _in_use()
-    graphs = (
-        DecodeGraphs(model, attention, graph_sizes[-2:], limits.sequences) if graph_sizes else None
-    )
+    last = torch.zeros(limits.sequences + 1, dtype=torch.int64, device=model.embedding.device)
+    kinds: list[tuple[DecodeGraphs | PieceGraphs, int]] = []
+    if graph_sizes:
+        kinds.append((DecodeGraphs(model, attention, graph_sizes[-2:], last), len(graph_sizes)))
+    if token_counts:
+        sizes = token_counts[-2:]
+        kinds.append((PieceGraphs(model, attention, sizes, last, page_size), len(token_counts)))
     captured = _in_use() - before
-    more = min(graphs.nbytes.values()) * (len(graph_sizes) - len(graphs.nbytes)) if graphs else 0
+    more = sum(
+        min(graphs.nbytes.values()) * (count - len(graphs.nbytes)) for graphs, count in kinds
+    )
     total = torch.cuda.mem_get_info()[1]
     room = int(fraction * total) - weights - step - captured - more
     log.info(
         "memory: %.1f of %.1f GB may be used; in use before the cache: %.1f GB with the weights, "
-        "%.2f GB by a step of %d tokens and its workspace, %.2f GB by %d decode graphs",
+        "%.2f GB by a step of %d tokens and its workspace, %.2f GB by graphs of %d steps",
         fraction * total / 1e9,
         total / 1e9,
         weights / 1e9,
         step / 1e9,
         limits.tokens,
         (captured + more) / 1e9,
-        len(graph_sizes),
+        len(graph_sizes) + len(token_counts),
     )
-    del graphs, attention, cache
+    del kinds, attention, cache
     gc.collect()
     torch.cuda.empty_cache()
     return room

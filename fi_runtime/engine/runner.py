@@ -11,6 +11,7 @@ from fi_runtime.engine.decode_graphs import DecodeGraphs, known_tokens
 from fi_runtime.engine.download import Download
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
+from fi_runtime.engine.piece_graphs import PieceGraphs
 from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.engine.slots import Slots
 from fi_runtime.messages import TokenLogprob
@@ -41,8 +42,9 @@ class Runner:
     """Launches steps, each of which may count on tokens that those before it choose.
 
     Args:
-        max_sequences: sequences that run at a time; their slots are below it.
+        last_tokens: (slots + 1,), int64: where the token chosen last in each slot is kept.
         graphs: of decode steps, if they are to be replayed.
+        pieces: graphs of other steps, likewise.
     """
 
     def __init__(
@@ -50,21 +52,18 @@ class Runner:
         model: Decoder,
         attention: Attention,
         page_size: int,
-        max_sequences: int,
+        last_tokens: torch.Tensor,
         graphs: DecodeGraphs | None = None,
+        pieces: PieceGraphs | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._page_size = page_size
         self._device = model.embedding.device
         self._graphs = graphs
-        self._slots = Slots(max_sequences)
-        self._last = (
-            graphs.last_tokens
-            if graphs is not None
-            else torch.zeros(max_sequences + 1, dtype=torch.int64, device=self._device)
-        )
-        """the token chosen last in each slot"""
+        self._pieces = pieces
+        self._slots = Slots(len(last_tokens) - 1)
+        self._last_tokens = last_tokens
 
     @property
     def runs_ahead(self) -> bool:
@@ -99,7 +98,7 @@ class Runner:
             chosen = graphs.choose(draws, len(sequences))
         else:
             chosen = sampler.choose(wanted, draws)
-            self._last[upload(slots, self._device)] = chosen
+            self._last_tokens[upload(slots, self._device)] = chosen
         return Launched(
             sequences,
             dead_ends,
@@ -109,10 +108,12 @@ class Runner:
 
     def _forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
         """Hidden states of all the step's tokens: (tokens, hidden)."""
+        if self._pieces is not None and self._pieces.fits(len(tokens)):
+            return self._pieces.forward(layout, tokens)
         self._attention.plan(layout)
         there = upload(tokens, self._device)
         if (tokens < 0).any():
-            there = known_tokens(there, self._last)
+            there = known_tokens(there, self._last_tokens)
         return self._model(
             there,
             upload(layout.places()[1], self._device),

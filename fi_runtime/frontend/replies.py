@@ -1,7 +1,6 @@
 """What the engine gives a request, to the tensors that its client reads."""
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,19 +29,19 @@ class Grouping:
     most: int = MAX_INT32
 
 
-@dataclass
-class _Piece:
+class _Piece(msgspec.Struct):
     """A token that no response has been sent for yet."""
 
     token: int
     logprobs: list[TokenLogprob]
     """its own first; empty where nobody asked"""
+    is_text: bool
+    """false if it ends the text without being part of it"""
     text: str = ""
-    """that it completed"""
+    """that it completed, where stop strings are looked for"""
 
 
-@dataclass(frozen=True)
-class _Group:
+class _Group(msgspec.Struct, frozen=True):
     """What one response says of a sample."""
 
     text: str
@@ -85,16 +84,20 @@ class Answer:
             raise RequestError("INTERNAL", output.error)
         if output.finish == "cancelled":
             raise RequestError("CANCELLED", "the request was cancelled")
-        self._samples[sample].take(output)
-        return bool(self._samples[sample].finish)
+        growing = self._samples[sample]
+        growing.take(output)
+        return bool(growing.finish)
 
     @property
     def has_response(self) -> bool:
         """Whether there is a response to send: when streaming for new tokens, else at the end."""
-        if self.is_over or all(sample.finish for sample in self._samples):
-            return not self.is_over
-        new = max(len(sample.new) for sample in self._samples)
-        return self._flags.stream and new >= self._grouping.least
+        if self.is_over:
+            return False
+        if self._flags.stream:
+            for sample in self._samples:
+                if len(sample.new) >= self._grouping.least:
+                    return True
+        return all(sample.finish for sample in self._samples)
 
     def response(self) -> Tensors:
         """The output tensors for the next group of tokens; (samples,) unless said."""
@@ -102,16 +105,15 @@ class Answer:
         most = self._grouping.most if flags.stream else MAX_INT32
         groups = [sample.next_group(most) for sample in self._samples]
         self.is_over = all(group.finish for group in groups)
-        tensors: Tensors = {"text_output": _strings(group.text for group in groups)}
+        tensors: Tensors = {"text_output": _strings([group.text for group in groups])}
         if flags.return_finish_reason:
-            tensors["finish_reason"] = _strings(group.finish or "None" for group in groups)
-        cumulative = np.array([group.cumulative_logprob for group in groups], dtype=np.float32)
+            tensors["finish_reason"] = _strings([group.finish or "None" for group in groups])
         if flags.return_cumulative_logprob:
-            tensors["cumulative_logprob"] = cumulative
+            tensors["cumulative_logprob"] = _cumulative(groups)
         if flags.return_logprobs:
-            tensors["logprobs"] = _strings(self._logprobs_json(g.logprobs) for g in groups)
+            tensors["logprobs"] = _strings([self._logprobs_json(g.logprobs) for g in groups])
         if flags.return_log_probs:
-            tensors["cum_log_probs"] = cumulative
+            tensors["cum_log_probs"] = _cumulative(groups)
             # (samples, most new tokens of one); what a shorter one lacks is 0
             tensors["output_log_probs"] = _padded(
                 [[row[0].logprob for row in group.logprobs] for group in groups]
@@ -155,6 +157,7 @@ class _Sample:
     def __init__(self, request: Request, min_tokens: int, tokenizer: Tokenizer) -> None:
         self._text = TextStream(tokenizer, request.prompt, request.skip_special_tokens)
         self._stops = StopStrings(request.stop, request.include_stop)
+        self._has_stops = bool(request.stop)
         self._include_stop = request.include_stop
         """whether the token or string that ends it is part of the text"""
         self._min_tokens = min_tokens
@@ -170,30 +173,45 @@ class _Sample:
         for index, token in enumerate(output.tokens):
             if self.finish:
                 return
-            self._count += 1
             logprobs = [] if output.logprobs is None else output.logprobs[index]
-            piece = _Piece(token, logprobs)
-            self.new.append(piece)
             finish = output.finish if index == len(output.tokens) - 1 else None
-            if finish != "stop" or self._include_stop:
-                piece.text = self._cut(self._text.feed(token))
+            piece = _Piece(token, logprobs, finish != "stop" or self._include_stop)
+            self.new.append(piece)
+            # Nobody else needs the text before it is sent, and it is cheaper for many tokens.
+            if self._has_stops:
+                self._search(piece, is_last=finish is not None)
             if finish is not None and not self.finish:
-                piece.text += self._cut(self._text.flush()) + self._stops.flush()
-                self.finish = self.finish or REASONS.get(finish, finish)
+                self.finish = REASONS.get(finish, finish)
 
     def next_group(self, most: int) -> _Group:
         """The first tokens that are new, and no longer are."""
         pieces = [self.new.popleft() for _ in range(min(most, len(self.new)))]
-        text, self._before = self._before + "".join(piece.text for piece in pieces), ""
+        finish = "" if self.new else self.finish
+        text, self._before = self._before, ""
+        if self._has_stops:
+            text += "".join([piece.text for piece in pieces])
+        else:
+            text += self._text.feed_all([piece.token for piece in pieces if piece.is_text])
+            if finish:
+                text += self._text.flush()
         logprobs = [piece.logprobs for piece in pieces if piece.logprobs]
-        self._cumulative_logprob += sum(row[0].logprob for row in logprobs)
+        if logprobs:
+            self._cumulative_logprob += sum(row[0].logprob for row in logprobs)
         return _Group(
             text=text,
             tokens=[piece.token for piece in pieces],
             logprobs=logprobs,
             cumulative_logprob=self._cumulative_logprob,
-            finish="" if self.new else self.finish,
+            finish=finish,
         )
+
+    def _search(self, piece: _Piece, is_last: bool) -> None:
+        """Give a piece its text, up to the stop string that ends it."""
+        self._count += 1
+        if piece.is_text:
+            piece.text = self._cut(self._text.feed(piece.token))
+        if is_last and not self.finish:
+            piece.text += self._cut(self._text.flush()) + self._stops.flush()
 
     def _cut(self, text: str) -> str:
         """The text that may be sent, up to the stop string that ends it."""
@@ -212,5 +230,9 @@ def _padded(rows: list[list[float]]) -> npt.NDArray[np.float32]:
     return padded
 
 
-def _strings(values: Iterable[str]) -> npt.NDArray[np.object_]:
+def _cumulative(groups: list[_Group]) -> npt.NDArray[np.float32]:
+    return np.array([group.cumulative_logprob for group in groups], dtype=np.float32)
+
+
+def _strings(values: list[str]) -> npt.NDArray[np.object_]:
     return np.array([value.encode() for value in values], dtype=np.object_)

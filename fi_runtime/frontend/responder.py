@@ -45,7 +45,7 @@ class Responder:
             pb.Tensor(name, value[None] if self._batched else value)
             for name, value in tensors.items()
         ]
-        return self._send(pb.InferenceResponse(output_tensors=outputs), last)
+        return self._send(pb.InferenceResponse(outputs), last)
 
     def fail(self, error: RequestError) -> None:
         """End the request with an error, unless its last response is out. Never raises."""

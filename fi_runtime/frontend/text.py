@@ -44,11 +44,23 @@ class TextStream:
         if len(text) - whole > MAX_BROKEN:
             keep = CHARACTER_TOKENS - 1
             return self._say(self._pending[:-keep], self._pending[-keep:])
-        if whole == len(text):
-            return self._say(self._pending, [])
         new = text[self._said : whole]
-        self._said = max(self._said, whole)
+        if whole == len(text):
+            self._move_on(self._pending, [])
+        else:
+            self._said = max(self._said, whole)
         return new
+
+    def feed_all(self, tokens: list[int]) -> str:
+        """The text that these tokens complete: what ``feed`` says of one after another."""
+        if len(tokens) > 1:
+            pending = self._pending + tokens
+            text = self._decode(self._context + pending)
+            if REPLACEMENT not in text:
+                new = text[self._said :]
+                self._move_on(self._last_whole(pending), [])
+                return new
+        return "".join([self.feed(token) for token in tokens])
 
     def flush(self) -> str:
         """What is left of a text that ended within a character."""
@@ -60,12 +72,24 @@ class TextStream:
         self._move_on(tokens, rest)
         return new
 
+    def _last_whole(self, tokens: list[int]) -> list[int]:
+        """The fewest last tokens of a whole text that are whole themselves and have text."""
+        for start in range(len(tokens) - 1, 0, -1):
+            text = self._decode(tokens[start:])
+            if text and REPLACEMENT not in text:
+                return tokens[start:]
+        return tokens
+
     def _move_on(self, context: list[int], pending: list[int]) -> None:
         # What has no text, as a special token, is no context: a decoder that drops the leading
         # space of what it is given would drop the next token's.
-        self._context = context if self._decode(context) else self._context + context
+        text = self._decode(context)
+        if not text:
+            context = self._context + context
+            text = self._decode(context)
+        self._context = context
         self._pending = pending
-        self._said = len(self._decode(self._context))
+        self._said = len(text)
 
     def _decode(self, tokens: list[int]) -> str:
         return str(self._tokenizer.decode(tokens, skip_special_tokens=self._skip_special_tokens))

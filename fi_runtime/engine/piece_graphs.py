@@ -1,0 +1,150 @@
+"""CUDA graphs of all but attention, for steps that are no pure decode."""
+
+import bisect
+import logging
+import time
+from typing import Any
+
+import torch
+
+from fi_runtime.attention.base import Int64s, StepLayout, spare_layout
+from fi_runtime.attention.flashinfer import FlashInferAttention, PieceAttention
+from fi_runtime.engine.decode_graphs import known_tokens
+from fi_runtime.models import Decoder
+from fi_runtime.upload import upload
+
+log = logging.getLogger(__name__)
+
+
+class _Pieces:
+    """A step of so many tokens, captured from one layer's attention to the next one's.
+
+    While it is captured it is itself the attention that the model calls: each call ends a graph
+    and begins the next one.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: PieceAttention,
+        tokens: torch.Tensor,
+        last_tokens: torch.Tensor,
+        pool: Any,
+        stream: Any,
+    ) -> None:
+        self._attention = attention
+        self._tokens = tokens
+        self._pool = pool
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._capturing = False
+        # Once outside, so that kernels are loaded and libraries have their workspaces.
+        self._compute(model, last_tokens)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            self._capturing = True
+            self._begin()
+            self._hidden = self._compute(model, last_tokens)
+            self._graphs[-1].capture_end()
+        self._capturing = False
+
+    def __call__(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> torch.Tensor:
+        self._attention.append(layer, k, v)
+        self._attention.q[: len(q)].copy_(q)
+        if self._capturing:
+            self._graphs[-1].capture_end()
+            self._begin()
+        else:
+            self._attention.attend(layer, len(q))
+        return self._attention.out[: len(q)]
+
+    def plan(self, layout: StepLayout) -> None:
+        raise NotImplementedError("a step is planned before its first graph is replayed")
+
+    def replay(self, count: int) -> torch.Tensor:
+        """Hidden states of the first ``count`` tokens: (count, hidden), until the next step."""
+        *before, last = self._graphs
+        for layer, graph in enumerate(before):
+            graph.replay()
+            self._attention.attend(layer, count)
+        last.replay()
+        return self._hidden[:count]
+
+    def _compute(self, model: Decoder, last_tokens: torch.Tensor) -> torch.Tensor:
+        tokens = known_tokens(self._tokens, last_tokens)
+        return model(tokens, self._attention.positions[: len(tokens)], self)
+
+    def _begin(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        # In the order of replay: it may take the memory that those before it are done with.
+        graph.capture_begin(pool=self._pool)
+        self._graphs.append(graph)
+
+
+class PieceGraphs:
+    """Replays steps of up to the largest of ``sizes`` tokens.
+
+    Args:
+        sizes: numbers of tokens to capture, rising; a step is padded to the next.
+        last_tokens: (slots,), int64: the token chosen last in each slot.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        attention: FlashInferAttention,
+        sizes: list[int],
+        last_tokens: torch.Tensor,
+        page_size: int,
+    ) -> None:
+        self._sizes = sizes
+        self._attention = attention.for_pieces(sizes[-1], len(last_tokens))
+        self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=last_tokens.device)
+        self._pieces: dict[int, _Pieces] = {}
+        self.nbytes: dict[int, int] = {}
+        """of the device's memory, that each size took beyond the larger ones"""
+        begin = time.perf_counter()
+        pool = torch.cuda.graph_pool_handle()
+        # One for all, since memory is reused on the stream that it was taken on.
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        with torch.inference_mode():
+            # The largest first: the smaller ones then fit the memory that it has taken.
+            for size in reversed(sizes):
+                self._attention.plan(spare_layout([size], page_size))
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
+                free = torch.cuda.mem_get_info()[0]
+                tokens = self._tokens[:size]
+                self._pieces[size] = _Pieces(
+                    model, self._attention, tokens, last_tokens, pool, stream
+                )
+                torch.cuda.empty_cache()
+                self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
+        log.info(
+            "captured graphs of all but attention, of %s tokens, in %.1f s, %.0f MB",
+            ", ".join(map(str, sizes)),
+            time.perf_counter() - begin,
+            sum(self.nbytes.values()) / 1e6,
+        )
+
+    def fits(self, tokens: int) -> bool:
+        return tokens <= self._sizes[-1]
+
+    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+        """Hidden states of a step: (tokens, hidden), until the next one.
+
+        Args:
+            layout: of the step.
+            tokens: (tokens,), as ``known_tokens`` takes them.
+        """
+        count = len(tokens)
+        self._attention.plan(layout)
+        self._tokens[:count].copy_(upload(tokens, self._tokens.device))
+        return self._pieces[self._sizes[bisect.bisect_left(self._sizes, count)]].replay(count)
+
+
+def padded_token_counts(most: int) -> list[int]:
+    """8, 16, 32, multiples of 64 up to 512 and of 256 beyond, and the maximum itself."""
+    steps = [8, 16, 32, *range(64, 512, 64), *range(512, most, 256)]
+    return [*(size for size in steps if size < most), most]
