@@ -7,6 +7,9 @@ Served: a real tritonserver with the same engine and knobs; as many clients each
 answers over gRPC, one after another. Both generate exactly ``tokens`` tokens an answer, greedily,
 from the same prompts. The first round of each is left out as a warm-up. On a machine with a GPU
 the engine runs there; models are those of ``bench.cold_start``.
+
+A step's time is the mean time between tokens of an answer, as the engine's caller sees them:
+offline this process, served the front ends, which say it in their metrics.
 """
 
 import asyncio
@@ -15,8 +18,10 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import tempfile
 import time
+import urllib.request
 from collections.abc import AsyncIterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -39,6 +44,8 @@ from fi_runtime.messages import SamplingParams
 from tools.serve import TritonServer
 
 PROMPT_TOKENS = 32
+METRICS_S = 2.5
+"""after which Triton has what the front ends told it"""
 
 
 @dataclass(frozen=True)
@@ -60,23 +67,44 @@ class Response:
     tokens: int
 
 
-def offline_tokens_per_s(config: EngineConfig, loads: list[Load]) -> list[float]:
-    """Output tokens a second of the engine alone, for each load."""
+def offline(config: EngineConfig, loads: list[Load]) -> list[dict[str, float]]:
+    """The engine alone under each load; times are in milliseconds."""
     engine = Engine(config)
     gc.collect()
     gc.freeze()  # as the engine's process does
     return [_offline(engine, load) for load in loads]
 
 
-def _offline(engine: Engine, load: Load) -> float:
-    params = SamplingParams(max_tokens=load.tokens, temperature=0.0, seed=0, ignore_eos=True)
-    prompts = [load.prompt(stream) for stream in range(load.streams)]
-    engine.generate(prompts, params)
+def _offline(engine: Engine, load: Load) -> dict[str, float]:
+    _offline_round(engine, load)
     begin = time.perf_counter()
+    firsts, steps = [], []
     for _ in range(load.rounds):
-        results = engine.generate(prompts, params)
-        assert all(len(result.tokens) == load.tokens for result in results)
-    return load.streams * load.tokens * load.rounds / (time.perf_counter() - begin)
+        sent = time.perf_counter()
+        for times in _offline_round(engine, load):
+            firsts.append(times[0] - sent)
+            steps.append((times[-1] - times[0]) / max(1, load.tokens - 1))
+    seconds = time.perf_counter() - begin
+    return {
+        "offline_tokens_per_s": load.streams * load.tokens * load.rounds / seconds,
+        "offline_ttft_ms_p50": float(np.percentile(firsts, 50)) * 1e3,
+        "offline_step_ms": float(np.mean(steps)) * 1e3,
+    }
+
+
+def _offline_round(engine: Engine, load: Load) -> list[list[float]]:
+    """One answer to each prompt; when each of its tokens came."""
+    params = SamplingParams(max_tokens=load.tokens, temperature=0.0, seed=0, ignore_eos=True)
+    times: list[list[float]] = [[] for _ in range(load.streams)]
+    for stream in range(load.streams):
+        engine.add((b"", stream), load.prompt(stream), params)
+    while engine.busy:
+        outputs = engine.step()
+        now = time.perf_counter()
+        for (_, stream), output in outputs:
+            times[stream] += [now] * len(output.tokens)
+    assert all(len(one) == load.tokens for one in times)
+    return times
 
 
 def _inputs(prompt: list[int], tokens: int) -> list[Any]:
@@ -135,8 +163,9 @@ def _clients(url: str, load: Load, numbers: list[int]) -> list[list[Response]]:
     return asyncio.run(together())
 
 
-def serve(url: str, load: Load) -> dict[str, float]:
+def serve(server: TritonServer, load: Load) -> dict[str, float]:
     """Drive a server with all streams at once; times are in milliseconds."""
+    url, before = server.grpc_url, _between_tokens(server)
     # One process of Python reads a few thousand responses a second.
     processes = min(load.streams, max(1, len(os.sched_getaffinity(0)) // 2))
     context = multiprocessing.get_context("spawn")
@@ -152,14 +181,30 @@ def serve(url: str, load: Load) -> dict[str, float]:
     first = np.array([answer[0].come - answer[0].sent for answer in answers]) * 1e3
     gaps = [b.come - a.come for answer in answers for a, b in itertools.pairwise(answer)]
     between = np.array(gaps or [0.0]) * 1e3
+    time.sleep(METRICS_S)
+    seconds, count = np.array(_between_tokens(server)) - before
     return {
         "served_tokens_per_s": tokens / (end - begin),
         "ttft_ms_p50": float(np.percentile(first, 50)),
         "ttft_ms_p99": float(np.percentile(first, 99)),
         "itl_ms_p50": float(np.percentile(between, 50)),
         "itl_ms_p99": float(np.percentile(between, 99)),
+        # Of all rounds, the warm-up among them.
+        "served_step_ms": float(seconds / count) * 1e3,
         "responses": len(everything) / len(answers),
     }
+
+
+def _between_tokens(server: TritonServer) -> tuple[float, float]:
+    """Sum and count of the answers' mean times between tokens so far, in seconds."""
+    with urllib.request.urlopen(server.metrics_url) as reply:
+        text = reply.read().decode()
+    name = "vllm:time_per_output_token_seconds"
+    total, count = (
+        sum(float(value) for value in re.findall(rf"^{name}_{part}{{.*}} (\S+)$", text, re.M))
+        for part in ("sum", "count")
+    )
+    return total, count
 
 
 def measure(model: str, kernels: Path | None, loads: list[Load]) -> list[dict[str, Any]]:
@@ -171,18 +216,17 @@ def measure(model: str, kernels: Path | None, loads: list[Load]) -> list[dict[st
         config = read_engine_config(repository / "llm", device)
         # A process of its own, so that its memory and threads are gone when the server is measured.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            offline = pool.submit(offline_tokens_per_s, config, loads).result()
+            alone = pool.submit(offline, config, loads).result()
         with TritonServer(repository, log=folder / "log") as server:
             server.wait_ready(timeout=600)
-            served = [serve(server.grpc_url, load) for load in loads]
+            served = [serve(server, load) for load in loads]
     return [
         {
             "model": model,
             "concurrency": load.streams,
-            "offline_tokens_per_s": round(tokens_per_s, 1),
-            **{name: round(value, 2) for name, value in row.items()},
+            **{name: round(value, 3) for name, value in (own | row).items()},
         }
-        for load, tokens_per_s, row in zip(loads, offline, served, strict=True)
+        for load, own, row in zip(loads, alone, served, strict=True)
     ]
 
 
@@ -202,23 +246,25 @@ def main(
     rows = [row for model in models or ["demo"] for row in measure(model, kernels, loads)]
     table = Table(title=f"Answers of {tokens} tokens, {rounds} rounds")
     columns = ["streams", "offline tokens/s", "served tokens/s", "served / offline"]
+    columns += ["offline step, ms", "served step, ms", "offline first token, ms"]
     columns += ["first token ms, p50", "p99", "between responses ms, p50", "p99"]
     table.add_column("model")
     for column in [*columns, "responses an answer"]:
         table.add_column(column, justify="right")
     for row in rows:
-        offline, served = row["offline_tokens_per_s"], row["served_tokens_per_s"]
-        times = [row[name] for name in ("ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99")]
+        alone, served = row["offline_tokens_per_s"], row["served_tokens_per_s"]
+        names = ["offline_step_ms", "served_step_ms", "offline_ttft_ms_p50"]
+        names += ["ttft_ms_p50", "ttft_ms_p99", "itl_ms_p50", "itl_ms_p99"]
         table.add_row(
             row["model"],
             str(row["concurrency"]),
-            f"{offline:,.0f}",
+            f"{alone:,.0f}",
             f"{served:,.0f}",
-            f"{served / offline:.2f}",
-            *(f"{time_ms:.1f}" for time_ms in times),
+            f"{served / alone:.2f}",
+            *(f"{row[name]:.1f}" for name in names),
             f"{row['responses']:.0f}",
         )
-    Console(width=140).print(table)
+    Console(width=180).print(table)
     if out is not None:
         counts = "".join(f" --concurrency {streams}" for streams in concurrency)
         command = f"python -m bench.serving {' '.join(models or [])}{counts}"

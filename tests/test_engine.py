@@ -238,6 +238,20 @@ def test_a_context_that_fits_neither_model_nor_cache_is_refused(checkpoint: Path
         Engine(EngineConfig(checkpoint=str(checkpoint), cache_tokens=100, max_context=100))
 
 
+def test_a_step_is_launched_each_time_the_one_before_it_is_collected(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runner, "runs_ahead", True)
+    running = engine(checkpoint)
+    for number in range(3):
+        running.add((b"a", number), PROMPT, GREEDY)
+    told = []
+    while running.busy:
+        told.append(len(running.step()))
+    # The first step's tokens come with the second, and so on: no step is left out.
+    assert told == [0, *[3] * GREEDY.max_tokens]
+
+
 @pytest.mark.parametrize("cache_tokens", [4096, 240])
 def test_launching_ahead_changes_no_answer(
     guided: Path, monkeypatch: pytest.MonkeyPatch, cache_tokens: int

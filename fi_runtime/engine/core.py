@@ -169,7 +169,7 @@ class Engine:
         for chunk in chunks:
             chunk.sequence.num_cached += chunk.count
         for sequence in launched.sequences:
-            sequence.pending = True
+            sequence.pending += 1
         return launched
 
     def _collect(self) -> list[tuple[SequenceKey, Output]]:
@@ -180,7 +180,7 @@ class Engine:
         tokens, logprobs = launched.wait()
         outputs = []
         for row, sequence in enumerate(launched.sequences):
-            sequence.pending = False
+            sequence.pending -= 1
             # It may have ended meanwhile, and even another have come by its name.
             if self._sequences.get(sequence.key) is sequence:
                 dead_end = launched.dead_ends.get(row, "")

@@ -41,10 +41,11 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
-            if sequence.length == sequence.max_length:
+            length = sequence.length
+            if length == sequence.max_length:
                 continue  # its last token is on its way
-            count = min(sequence.num_uncached, budget + 1)
-            if count and self._hold_pages(sequence):
+            count = min(length - sequence.num_cached, budget + 1)
+            if count and self._hold_pages(sequence, length):
                 chunks.append(Chunk(sequence, count))
                 budget -= count - 1
         while self.waiting and self._free_slots and budget > 0:
@@ -70,11 +71,11 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
-    def _hold_pages(self, sequence: Sequence) -> bool:
+    def _hold_pages(self, sequence: Sequence, length: int) -> bool:
         """See that every token of a running sequence has its page; false if it was preempted."""
-        missing = self._pages_for(sequence.length) - len(sequence.pages)
-        if missing <= 0:
+        if length <= len(sequence.pages) * self._page_size:
             return True
+        missing = self._pages_for(length) - len(sequence.pages)
         while missing > self._pool.free:
             youngest = self.running.pop()
             self._stop(youngest)

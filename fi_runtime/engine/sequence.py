@@ -25,8 +25,8 @@ class Sequence:
     num_cached: int = 0
     """leading tokens whose keys and values are in the cache, or will be once the steps that were
     launched have been computed"""
-    pending: bool = False
-    """whether a step that was launched chooses a token to follow, which is not known here yet"""
+    pending: int = 0
+    """tokens to follow that steps which were launched choose, and that are not known here yet"""
     prompt_length: int = field(init=False)
     max_length: int = field(init=False)
     edits_logits: bool = field(init=False)
@@ -46,7 +46,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens, the pending one among them."""
+        """Tokens, those pending among them."""
         return len(self.tokens) + self.pending
 
     @property
