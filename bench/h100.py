@@ -3,10 +3,11 @@
     python -m bench.h100 --kernels FOLDER --old FOLDER --old-kernels FOLDER [PART ...]
 
 Runs the tests marked gpu, doctor, the table of decode attention with this FlashInfer and an older
-one, and for each model a real tritonserver: its start, perf_analyzer against both doors, and for
-the default checkpoint the share of its tasks answered exactly. Each part writes its results file
+one; for each model a real tritonserver: its start, perf_analyzer against both doors, and for the
+default checkpoint the share of its tasks answered exactly; the transport alone; and the engine
+offline against the same engine served. Each part writes its results file
 and is run whatever became of those before it; the exit code is 1 if any failed. Parts: tests,
-doctor, attention, served; all where none is named.
+doctor, attention, served, transport, serving; all where none is named.
 """
 
 import csv
@@ -24,6 +25,7 @@ from rich.console import Console
 
 from bench import cold_start
 from bench.results import write_results
+from bench.shapes import SHAPES
 from tools import perf
 from tools.serve import TritonServer
 
@@ -32,6 +34,7 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and then it does so once 
 OUTPUT_TOKENS = 64
 GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_timing.py", "tests/test_guides.py")
 CONCURRENCIES = (1, 32)
+STREAMS = (1, 16, 64, 256)
 
 console = Console(width=140)
 
@@ -41,7 +44,8 @@ def gpu_tests(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         # By name: what another test lacks on the machine must not keep these from running.
-        code = _run("pytest", *GPU_TESTS, "-p", "no:cacheprovider", f"--junitxml={report}")
+        options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        code = _run("pytest", *GPU_TESTS, *options)
         suite = ElementTree.parse(report).getroot()[0]
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
@@ -146,11 +150,24 @@ def main(
         if code := _run("fi_runtime", "doctor"):
             raise RuntimeError(f"doctor ended with code {code}")
 
+    def transport() -> None:
+        if code := _run("bench.transport", "--out", str(out / "transport.json")):
+            raise RuntimeError(f"bench.transport ended with code {code}")
+
+    def serving() -> None:
+        options = [text for count in STREAMS for text in ("--concurrency", str(count))]
+        options += ["--tokens", "256", "--rounds", "2", "--out", str(out / "serving.json")]
+        options += ["--kernels", str(kernels)] if kernels else []
+        if code := _run("bench.serving", *SHAPES, *options):
+            raise RuntimeError(f"bench.serving ended with code {code}")
+
     known: dict[str, Callable[[], None]] = {
         "tests": lambda: gpu_tests(out),
         "doctor": doctor,
         "attention": attention,
         "served": lambda: served(out, kernels),
+        "transport": transport,
+        "serving": serving,
     }
     failed = []
     for name in parts or known:

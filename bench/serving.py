@@ -243,7 +243,13 @@ def main(
     """Measure the engine offline and served, and print both."""
     concurrency = concurrency or [16]
     loads = [Load(streams, tokens, rounds) for streams in concurrency]
-    rows = [row for model in models or ["demo"] for row in measure(model, kernels, loads)]
+    counts = "".join(f" --concurrency {streams}" for streams in concurrency)
+    command = f"python -m bench.serving {' '.join(models or [])}{counts}"
+    rows: list[dict[str, Any]] = []
+    for model in models or ["demo"]:
+        rows += measure(model, kernels, loads)
+        if out is not None:  # what there is, should a later model fail
+            write_results(out, rows, f"{command} --tokens {tokens} --rounds {rounds}")
     table = Table(title=f"Answers of {tokens} tokens, {rounds} rounds")
     columns = ["streams", "offline tokens/s", "served tokens/s", "served / offline"]
     columns += ["offline step, ms", "served step, ms", "offline first token, ms"]
@@ -265,10 +271,6 @@ def main(
             f"{row['responses']:.0f}",
         )
     Console(width=180).print(table)
-    if out is not None:
-        counts = "".join(f" --concurrency {streams}" for streams in concurrency)
-        command = f"python -m bench.serving {' '.join(models or [])}{counts}"
-        write_results(out, rows, f"{command} --tokens {tokens} --rounds {rounds}")
 
 
 if __name__ == "__main__":

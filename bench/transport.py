@@ -8,6 +8,7 @@ being sent in the next one.
 """
 
 import csv
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -80,7 +81,11 @@ def main(
 ) -> None:
     """Measure each number of front ends in both ways and print a table."""
     numbers = front_ends or [n for n in (1, 2, 4, 8) if n <= len(os.sched_getaffinity(0))]
-    rows = [measure(number, group) for number in numbers for group in GROUPS]
+    rows = []
+    for number, group in itertools.product(numbers, GROUPS):
+        rows.append(measure(number, group))
+        if out is not None:
+            write_results(out, rows, f"python -m bench.transport {' '.join(map(str, numbers))}")
     table = Table(title=f"{STREAMS} streams of {TOKENS} tokens, an engine that echoes")
     for column in ("front ends", "tokens a response", "responses/s", "tokens/s"):
         table.add_column(column, justify="right")
@@ -88,8 +93,6 @@ def main(
         figures = (f"{row[name]:,.0f}" for name in ("responses_per_s", "tokens_per_s"))
         table.add_row(str(row["front_ends"]), row["group"], *figures)
     Console().print(table)
-    if out is not None:
-        write_results(out, rows, "python -m bench.transport")
 
 
 if __name__ == "__main__":
