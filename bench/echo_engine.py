@@ -42,7 +42,14 @@ class EchoEngine:
         return [key for key in self._left if key[0] == front_end]
 
     def stats(self) -> Stats:
-        return Stats(running=len(self._left), waiting=0, cache_usage=0.0, preemptions=0)
+        return Stats(
+            running=len(self._left),
+            waiting=0,
+            cache_usage=0.0,
+            preemptions=0,
+            prompt_tokens=0,
+            reused_tokens=0,
+        )
 
     def step(self) -> list[tuple[SequenceKey, Output]]:
         """One token for each sequence."""

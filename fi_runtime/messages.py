@@ -132,6 +132,10 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
     """share of the pages that are taken, 0 to 1"""
     preemptions: int
     """since the last time it said so"""
+    prompt_tokens: int
+    """of the sequences that began to run, since then"""
+    reused_tokens: int
+    """of them, those that were in the cache"""
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):

@@ -137,6 +137,22 @@ def test_the_engines_numbers_follow_its_load(small: TritonServer) -> None:
     assert value("num_preemptions_total") >= 1, "they did not fit"
 
 
+def test_the_share_of_prompts_that_was_in_the_cache(server: TritonServer) -> None:
+    text = "a beginning that many prompts have, so that it is computed once and then read " * 2
+
+    def grown(name: str) -> float:
+        key = (f"vllm:prefix_cache_{name}_total", STREAMED)
+        return settled(server)[key] - before[key]
+
+    before = settled(server)
+    stream(server, text_input=text + "1", max_tokens=1)
+    assert (grown("queries"), grown("hits")) == (len(text) + 1, 0)
+    stream(server, text_input=text + "2", max_tokens=1)
+    page_size = int(KNOBS.get("page_size", 16))
+    assert grown("queries") == 2 * (len(text) + 1)
+    assert grown("hits") == len(text) // page_size * page_size
+
+
 def test_a_request_that_failed_is_not_counted_as_answered(server: TritonServer) -> None:
     before = settled(server)
     with Stream(server, text_input="left", stream=True, max_tokens=3000) as opened:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fi_runtime.cache.pages import SPARE_PAGE, OutOfPages, PagePool
+from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.messages import SamplingParams
@@ -14,7 +15,7 @@ from fi_runtime.messages import SamplingParams
 
 def sequence(number: int, prompt_length: int, max_tokens: int) -> Sequence:
     params = SamplingParams(max_tokens=max_tokens, seed=0)
-    return Sequence((b"", number), [7] * prompt_length, params)
+    return Sequence((b"", number), [number] * prompt_length, params)
 
 
 def compute(chunks: list[Chunk], scheduler: Scheduler) -> None:
@@ -28,11 +29,15 @@ def compute(chunks: list[Chunk], scheduler: Scheduler) -> None:
             scheduler.remove(one)
 
 
-def check_step(chunks: list[Chunk], scheduler: Scheduler, pool: PagePool, page_size: int) -> None:
-    held = [page for one in scheduler.running for page in one.pages]
-    assert len(held) == len(set(held)), "a page belongs to two sequences"
-    assert SPARE_PAGE not in held
-    assert pool.free + len(held) == pool.usable, "pages leaked"
+def check_step(chunks: list[Chunk], scheduler: Scheduler, tree: PrefixTree, page_size: int) -> None:
+    own = [page for one in scheduler.running for page in one.pages[len(one.nodes) :]]
+    assert len(own) == len(set(own)), "a page belongs to two sequences"
+    shared = {node.page for one in scheduler.running for node in one.nodes}
+    assert not shared & set(own), "a page that others read is still somebody's own"
+    assert SPARE_PAGE not in shared | set(own)
+    assert tree.free + len(own) + len(shared) == tree.usable, "pages leaked"
+    for one in scheduler.running:
+        assert one.pages[: len(one.nodes)] == [node.page for node in one.nodes]
     assert all(not one.pages and one.num_cached == 0 for one in scheduler.waiting)
     scheduled = [chunk.sequence for chunk in chunks]
     assert len(scheduled) == len({id(one) for one in scheduled}), "a sequence stands twice"
@@ -61,7 +66,7 @@ def test_everything_finishes_and_no_page_is_lost(
 ) -> None:
     rng = random.Random(seed)
     longest = max(prompt + output for prompt, output in lengths)
-    pool = PagePool(-(-longest // page_size) + 1 + extra_pages)
+    pool = PrefixTree(PagePool(-(-longest // page_size) + 1 + extra_pages), page_size)
     step_tokens = max_sequences + extra_tokens
     scheduler = Scheduler(pool, page_size, max_sequences, step_tokens)
     arriving = [sequence(i, *length) for i, length in enumerate(lengths)]
@@ -90,7 +95,7 @@ def test_everything_finishes_and_no_page_is_lost(
 
 
 def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
-    pool = PagePool(100)
+    pool = PrefixTree(PagePool(100), 16)
     scheduler = Scheduler(pool, 16, max_sequences=8, step_tokens=20)
     short = [sequence(i, 2, 50) for i in range(3)]
     for one in short:
@@ -107,7 +112,7 @@ def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
-    pool = PagePool(5)
+    pool = PrefixTree(PagePool(5), 4)
     scheduler = Scheduler(pool, 4, max_sequences=8, step_tokens=64)
     old, young, later = sequence(0, 8, 9), sequence(1, 8, 9), sequence(2, 1, 9)
     for one in (old, young, later):

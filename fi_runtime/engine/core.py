@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fi_runtime.cache.pages import PagePool
+from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import build
 from fi_runtime.engine.guides import DeadEnd, Guide, Guides
@@ -64,7 +65,7 @@ class Engine:
         built = build(config, phases or Phases())
         self.model_config = built.model_config
         self.max_context = built.max_context
-        self.pool = PagePool(built.pages)
+        self.pool = PrefixTree(PagePool(built.pages), config.page_size)
         self._runner = built.runner
         self.scheduler = Scheduler(
             self.pool, config.page_size, config.max_sequences, config.step_tokens
@@ -72,7 +73,7 @@ class Engine:
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._launched: Launched | None = None
         """the step whose tokens are not known here yet"""
-        self._preemptions_told = 0
+        self._told = (0, 0, 0)
         model = self.model_config
         self._guides = Guides(tokenizer, model.vocab_size, model.eos_ids) if tokenizer else None
         # On a thread of their own, since one may take half a second and all others would wait.
@@ -133,15 +134,23 @@ class Engine:
         return [key for key in self._sequences if key[0] == front_end]
 
     def stats(self) -> Stats:
-        """How it is, with the preemptions since the last call."""
-        new = self.scheduler.num_preemptions - self._preemptions_told
-        self._preemptions_told += new
+        """How it is, with what has been counted since the last call."""
+        scheduler = self.scheduler
+        counted = (
+            scheduler.num_preemptions,
+            scheduler.num_prompt_tokens,
+            scheduler.num_reused_tokens,
+        )
+        new = [now - told for now, told in zip(counted, self._told, strict=True)]
+        self._told = counted
         running = len(self.scheduler.running)
         return Stats(
             running=running,
             waiting=len(self._sequences) - running,
             cache_usage=1.0 - self.pool.free / self.pool.usable,
-            preemptions=new,
+            preemptions=new[0],
+            prompt_tokens=new[1],
+            reused_tokens=new[2],
         )
 
     def step(self) -> list[tuple[SequenceKey, Output]]:
@@ -158,6 +167,8 @@ class Engine:
             except Exception as error:  # what one sequence did to a step must not end the engine
                 log.exception("a step of %d sequences failed", len(chunks))
                 outputs += [self._give_up(chunk.sequence, error) for chunk in chunks]
+                # Pages that the step was to fill, and that others would have read, among them.
+                self.pool.forget()
         outputs += self._collect()
         self._launched = launched
         if not self._runner.runs_ahead:

@@ -1,6 +1,6 @@
 from collections import deque
 
-from fi_runtime.cache.pages import PagePool
+from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.engine.sequence import Chunk, Sequence
 
 
@@ -13,14 +13,18 @@ class Scheduler:
     running sequence gives up its pages and goes back to the head of the queue, to be computed
     again; since any sequence alone fits the pool, the oldest always moves on.
 
+    What a prompt begins with is not computed where the prefix tree has it, from an earlier sequence
+    or from one that computes it in the same step: each layer writes the keys and values of all the
+    step's tokens before it reads any.
+
     It counts on tokens that launched steps will have chosen: a sequence moves on before its last
     token is known here.
     """
 
     def __init__(
-        self, pool: PagePool, page_size: int, max_sequences: int, step_tokens: int
+        self, tree: PrefixTree, page_size: int, max_sequences: int, step_tokens: int
     ) -> None:
-        self._pool = pool
+        self._tree = tree
         self._page_size = page_size
         self._step_tokens = step_tokens
         self._free_slots = list(reversed(range(max_sequences)))
@@ -28,6 +32,10 @@ class Scheduler:
         self.running: list[Sequence] = []
         """oldest first"""
         self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        """of all that have been admitted for the first time"""
+        self.num_reused_tokens = 0
+        """of them, those whose keys and values were there"""
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
@@ -46,20 +54,16 @@ class Scheduler:
                 continue  # its last token is on its way
             count = min(length - sequence.num_cached, budget + 1)
             if count and self._hold_pages(sequence, length):
-                chunks.append(Chunk(sequence, count))
+                chunks.append(self._chunk(sequence, count))
                 budget -= count - 1
         while self.waiting and self._free_slots and budget > 0:
             sequence = self.waiting[0]
-            needed = self._pages_for(len(sequence.tokens))
-            # One that was set back is computed again once all its tokens are known.
-            if needed > self._pool.free or sequence.pending:
-                break
+            if sequence.pending or not self._admit(sequence):
+                break  # one that was set back is computed again once all its tokens are known
             self.waiting.popleft()
-            sequence.pages = self._pool.take(needed)
-            sequence.slot = self._free_slots.pop()
             self.running.append(sequence)
             count = min(sequence.num_uncached, budget)
-            chunks.append(Chunk(sequence, count))
+            chunks.append(self._chunk(sequence, count))
             budget -= count
         return chunks
 
@@ -71,19 +75,52 @@ class Scheduler:
         else:
             self.waiting.remove(sequence)
 
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence pages for all its tokens and a slot; false if there are none."""
+        nodes = self._tree.match(sequence.tokens)
+        needed = self._pages_for(len(sequence.tokens)) - len(nodes)
+        if needed > self._tree.free:
+            self._tree.release(nodes)
+            return False
+        sequence.pages = [*(node.page for node in nodes), *self._tree.take(needed)]
+        sequence.nodes = nodes
+        sequence.num_cached = len(nodes) * self._page_size
+        sequence.slot = self._free_slots.pop()
+        if not sequence.num_generated:
+            self.num_prompt_tokens += sequence.prompt_length
+            self.num_reused_tokens += sequence.num_cached
+        return True
+
+    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+        """A chunk, whose full pages others may use from now on."""
+        if count > 1:
+            self._keep(sequence, sequence.num_cached + count)
+        return Chunk(sequence, count)
+
+    def _keep(self, sequence: Sequence, tokens: int) -> None:
+        """Put the full pages of the first ``tokens`` into the tree, up to one that is there."""
+        nodes = sequence.nodes
+        for index in range(len(nodes), tokens // self._page_size):
+            node = self._tree.add(nodes, sequence.tokens, sequence.pages[index])
+            if node.page != sequence.pages[index]:
+                # Computed twice at once. It goes on with its own: others read the other one.
+                self._tree.release([node])
+                return
+            nodes.append(node)
+
     def _hold_pages(self, sequence: Sequence, length: int) -> bool:
         """See that every token of a running sequence has its page; false if it was preempted."""
         if length <= len(sequence.pages) * self._page_size:
             return True
         missing = self._pages_for(length) - len(sequence.pages)
-        while missing > self._pool.free:
+        while missing > self._tree.free:
             youngest = self.running.pop()
             self._stop(youngest)
             self.waiting.appendleft(youngest)
             self.num_preemptions += 1
             if youngest is sequence:
                 return False
-        sequence.pages += self._pool.take(missing)
+        sequence.pages += self._tree.take(missing)
         return True
 
     def _stop(self, sequence: Sequence) -> None:
@@ -92,9 +129,12 @@ class Scheduler:
         RACE: a step that was launched may still write to its pages. Whoever has them next is
         computed by a later step, and so after it.
         """
-        self._pool.give_back(sequence.pages)
+        # The token that is chosen last is in no page yet, and those pending are not known.
+        self._keep(sequence, min(sequence.num_cached, len(sequence.tokens)))
+        self._tree.give_back(sequence.pages[len(sequence.nodes) :])
+        self._tree.release(sequence.nodes)
         self._free_slots.append(sequence.slot)
-        sequence.pages, sequence.slot, sequence.num_cached = [], -1, 0
+        sequence.pages, sequence.nodes, sequence.slot, sequence.num_cached = [], [], -1, 0
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_size)

@@ -1,5 +1,6 @@
 from dataclasses import dataclass, field
 
+from fi_runtime.cache.prefix_tree import Node
 from fi_runtime.engine.guides import Guide
 from fi_runtime.messages import SamplingParams
 
@@ -22,6 +23,8 @@ class Sequence:
     slot: int = -1
     """its place among those that run; -1 while it waits"""
     pages: list[int] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    """of the prefix tree; the first of its pages are theirs"""
     num_cached: int = 0
     """leading tokens whose keys and values are in the cache, or will be once the steps that were
     launched have been computed"""

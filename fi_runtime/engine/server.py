@@ -101,6 +101,8 @@ class EngineServer:
             for front_end in [f for f, fd in self._front_ends.items() if fd in ready]:
                 log.warning("front end %s died", front_end.decode())
                 self._detach(front_end)
+            # Also of work that one step begins and ends.
+            self._idle = self._idle and not self._engine.busy
             for key, output in self._engine.step():
                 self._post(key, output)
             self._send(self._new_stats())

@@ -113,6 +113,18 @@ class Metrics:
             counter,
             labels=engine_labels,
         )
+        self._queries = self._metric(
+            "prefix_cache_queries_total",
+            "Prompt tokens looked up in the cache",
+            counter,
+            labels=engine_labels,
+        )
+        self._hits = self._metric(
+            "prefix_cache_hits_total",
+            "Prompt tokens found there",
+            counter,
+            labels=engine_labels,
+        )
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
@@ -172,6 +184,10 @@ class Metrics:
         self._usage.set(stats.cache_usage)
         if stats.preemptions:
             self._preemptions.increment(stats.preemptions)
+        if stats.prompt_tokens:
+            self._queries.increment(stats.prompt_tokens)
+        if stats.reused_tokens:
+            self._hits.increment(stats.reused_tokens)
 
     def _metric(self, name: str, description: str, kind: Any, **options: Any) -> Any:
         family = pb.MetricFamily(name=f"vllm:{name}", description=description, kind=kind)
