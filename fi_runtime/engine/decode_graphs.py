@@ -1,6 +1,7 @@
 """CUDA graphs of whole decode steps, one for each padded number of sequences."""
 
 import bisect
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAttention
+from fi_runtime.engine.sampler import filters
 from fi_runtime.kernels.sampling import Draws, choose
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
@@ -24,7 +26,8 @@ PROGRESS_S = 2.0
 class _Graph:
     """A decode step of so many sequences, captured from tokens to chosen tokens.
 
-    In two graphs: the forward pass, with the likeliest tokens; and drawing, for steps that draw.
+    In several graphs: the forward pass, with the likeliest tokens; and drawing with filters or
+    without, for steps that draw.
     """
 
     def __init__(
@@ -48,7 +51,11 @@ class _Graph:
         self._draws = torch.zeros((len(Draws._fields), sequences), device=device)
         self._forward, self._likeliest = self._capture(self._compute)
         self._forward.replay()  # logits to try the drawing with
-        self._draw, self._drawn = self._capture(self._choose)
+        # By whether any sequence has a filter.
+        self._draw = {
+            filtered: self._capture(functools.partial(self._choose, filtered))
+            for filtered in (True, False)
+        }
 
     def _capture(
         self, compute: Callable[[], torch.Tensor]
@@ -67,8 +74,8 @@ class _Graph:
         self._logits.copy_(self._model.head(hidden))
         return self._keep(self._logits.argmax(dim=-1))
 
-    def _choose(self) -> torch.Tensor:
-        return self._keep(choose(self._logits, Draws(*self._draws)))
+    def _choose(self, filtered: bool) -> torch.Tensor:
+        return self._keep(choose(self._logits, Draws(*self._draws), filtered))
 
     def _keep(self, chosen: torch.Tensor) -> torch.Tensor:
         self._last_tokens[self._inputs[1]] = chosen
@@ -88,8 +95,9 @@ class _Graph:
         if draws is None:
             return self._likeliest
         self._draws[:, : draws.shape[1]].copy_(upload(draws.float(), self._draws.device))
-        self._draw.replay()
-        return self._drawn
+        graph, drawn = self._draw[filters(draws)]
+        graph.replay()
+        return drawn
 
 
 class DecodeGraphs:

@@ -37,6 +37,12 @@ def draws_of(
     return torch.from_numpy(draws)
 
 
+def filters(draws: torch.Tensor) -> bool:
+    """Whether any row of ``draws_of``'s has a top_k, top_p or min_p."""
+    _, top_k, top_p, min_p, _ = draws.numpy()
+    return bool(top_k.any() or (top_p < 1).any() or min_p.any())
+
+
 def choose(logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
     """One token a row: (rows,), int64, on the device of the logits.
 
@@ -47,7 +53,7 @@ def choose(logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
     if draws is None:
         return logits.argmax(dim=-1)
     there = upload(draws.float() if logits.is_cuda else draws, logits.device)
-    return sampling.choose(logits, sampling.Draws(*there))
+    return sampling.choose(logits, sampling.Draws(*there), filters(draws))
 
 
 class Logprobs:

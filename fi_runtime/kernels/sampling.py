@@ -1,5 +1,6 @@
 """Drawing tokens from logits."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from fi_runtime.kernels.library import flashinfer
 
 MIN_TEMPERATURE = 1e-5
 """Below it float32 logits could overflow; the likeliest token has all the weight long before."""
+BLOCK = 1024
+"""tokens at most of those that are summed together before one of them is looked for"""
 
 
 class Draws(NamedTuple):
@@ -31,29 +34,35 @@ class Draws(NamedTuple):
     """random, in [0, 1)"""
 
 
-def choose(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+def choose(logits: torch.Tensor, draws: Draws, filtered: bool = True) -> torch.Tensor:
     """One token a row, drawn or, at temperature 0, the likeliest.
 
     Args:
         logits: (rows, vocab), float32.
+        filtered: whether any row has a top_k, top_p or min_p; to look takes longer than to draw.
 
     Returns:
         (rows,), int64.
     """
     likeliest = logits.argmax(dim=-1)
     if logits.is_cuda:
-        return torch.where(draws.temperature > 0, _draw(logits, draws), likeliest)
+        return torch.where(draws.temperature > 0, _draw(logits, draws, filtered), likeliest)
     drawn = draws.temperature.nonzero()[:, 0]
     likeliest[drawn] = draw_reference(logits[drawn], Draws(*(each[drawn] for each in draws)))
     return likeliest
 
 
-def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
+def _draw(logits: torch.Tensor, draws: Draws, filtered: bool) -> torch.Tensor:
     """Of fixed shapes and without a look at any value, so that a CUDA graph can hold it."""
-    sampling = flashinfer().sampling
-    vocab = logits.shape[-1]
     temperature = draws.temperature.clamp(min=MIN_TEMPERATURE)
-    weights = sampling.softmax(logits, temperature)
+    weights = flashinfer().sampling.softmax(logits, temperature)
+    return _pick(_keep(weights, draws) if filtered else weights, draws.uniform)
+
+
+def _keep(weights: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """As ``_filter``, of weights in any order. (rows, vocab)."""
+    sampling = flashinfer().sampling
+    vocab = weights.shape[-1]
     least = draws.min_p[:, None] * weights.amax(dim=-1, keepdim=True)
     weights = weights.where(weights >= least, 0.0)
     top_k = torch.where(draws.top_k > 0, draws.top_k, vocab).clamp(max=vocab).int()
@@ -63,8 +72,7 @@ def _draw(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
     top_p = draws.top_p.contiguous()
     nucleus = sampling.top_p_renorm_probs(weights, top_p, is_deterministic=True)
     # Its sums are rounded: at 1 it could still drop the unlikeliest.
-    weights = torch.where(draws.top_p[:, None] < 1, nucleus, weights)
-    return _pick(weights, draws.uniform)
+    return torch.where(draws.top_p[:, None] < 1, nucleus, weights)
 
 
 def draw_reference(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -99,14 +107,31 @@ def _filter(descending: torch.Tensor, draws: Draws) -> torch.Tensor:
 def _pick(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """The first token of each row whose running sum passes uniform * total, never one of weight 0.
 
-    Said with comparisons, since sums of many terms in parallel are not sorted to the last bit.
+    First the block of tokens that has it, then the token: most of the sums are never needed.
 
     Args:
         weights: (rows, vocab), in float32 or float64.
         uniform: (rows,), of that dtype.
     """
-    running = weights.cumsum(dim=-1).where(weights > 0, 0.0)
-    total = running.amax(dim=-1)
-    # Below the total, so that there is one that passes it.
-    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
+    rows, vocab = weights.shape
+    size = math.gcd(vocab, BLOCK)
+    blocks = weights.view(rows, vocab // size, size)
+    sums = blocks.sum(dim=-1)
+    running = sums.cumsum(dim=-1)
+    target = uniform * running[:, -1]
+    block = _first_above(running.where(sums > 0, 0.0), target)
+    at = torch.arange(rows, device=weights.device), block
+    own = blocks[at]
+    running = (running[at] - sums[at])[:, None] + own.cumsum(dim=-1)
+    return block * size + _first_above(running.where(own > 0, 0.0), target)
+
+
+def _first_above(running: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The first place of each row that is above the row's target; there always is one.
+
+    Said with comparisons, since sums of many terms in parallel are not sorted to the last bit.
+    """
+    most = running.amax(dim=-1)
+    # Below the most, so that there is one that passes it.
+    target = torch.minimum(target, most.nextafter(torch.zeros_like(most)))
     return (running > target[:, None]).byte().argmax(dim=-1)
