@@ -4,10 +4,11 @@
 
 Runs the tests marked gpu, doctor, the table of decode attention with this FlashInfer and an older
 one; for each model a real tritonserver: its start, perf_analyzer against both doors, and for the
-default checkpoint the share of its tasks answered exactly; the transport alone; and the engine
-offline against the same engine served. Each part writes its results file
-and is run whatever became of those before it; the exit code is 1 if any failed. Parts: tests,
-doctor, attention, served, transport, serving; all where none is named.
+default checkpoint the share of its tasks answered exactly; the transport alone; the engine offline
+against the same engine served; and the engine alone on its peers' benchmarks. Each part
+writes its results file and is run whatever became of those before it; the exit code is 1 if any
+failed. Parts: tests, doctor, attention, served, transport, serving, offline, latency; all where
+none is named.
 """
 
 import csv
@@ -25,7 +26,6 @@ from rich.console import Console
 
 from bench import cold_start
 from bench.results import write_results
-from bench.shapes import SHAPES
 from tools import perf
 from tools.serve import TritonServer
 
@@ -158,8 +158,14 @@ def main(
         options = [text for count in STREAMS for text in ("--concurrency", str(count))]
         options += ["--tokens", "256", "--rounds", "2", "--out", str(out / "serving.json")]
         options += ["--kernels", str(kernels)] if kernels else []
-        if code := _run("bench.serving", *SHAPES, *options):
+        if code := _run("bench.serving", *cold_start.MODELS[1:], *options):
             raise RuntimeError(f"bench.serving ended with code {code}")
+
+    def engine_alone(module: str) -> None:
+        options = ["--out", str(out / f"{module}.json")]
+        options += ["--kernels", str(kernels)] if kernels else []
+        if code := _run(f"bench.{module}", *options):
+            raise RuntimeError(f"bench.{module} ended with code {code}")
 
     known: dict[str, Callable[[], None]] = {
         "tests": lambda: gpu_tests(out),
@@ -168,6 +174,8 @@ def main(
         "served": lambda: served(out, kernels),
         "transport": transport,
         "serving": serving,
+        "offline": lambda: engine_alone("offline"),
+        "latency": lambda: engine_alone("latency"),
     }
     failed = []
     for name in parts or known:

@@ -37,6 +37,20 @@ SHAPES: dict[str, PretrainedConfig] = {
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
     ),
+    # huggingface.co/Qwen/Qwen3-14B
+    "Qwen3-14B": Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=151_936,
+        hidden_size=5120,
+        intermediate_size=17_408,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    ),
     # huggingface.co/meta-llama/Llama-3.1-8B
     "Llama-3.1-8B": LlamaConfig(
         architectures=["LlamaForCausalLM"],

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedModel
 
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
+from bench.limits import limits_of
+from bench.offline import work
 from bench.shapes import SHAPES, write_shape
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import weight_bytes
@@ -17,7 +20,11 @@ from fi_runtime.messages import SamplingParams
 from fi_runtime.models import ARCHITECTURES, load_model_config
 from tests.conftest import write_twin
 
-PUBLISHED = {"Qwen3-0.6B": 596_049_920, "Llama-3.1-8B": 8_030_261_248}
+PUBLISHED = {
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-14B": 14_768_307_200,
+    "Llama-3.1-8B": 8_030_261_248,
+}
 """parameters, as counted on the models' pages"""
 
 
@@ -80,3 +87,26 @@ def test_facts_say_what_the_numbers_are() -> None:
     bad = facts(decode_rows(1.2, 2.0))
     assert f"in 0 of {len(TO_BEAT)} shapes; at worst it takes 1.20 times" in bad[0]
     assert bad[1].startswith("FA3 takes less than 5 times as long as FA2 at 1 x 32768: 2.0")
+
+
+def test_the_offline_work_is_the_one_that_peers_were_measured_with() -> None:
+    prompts, outputs = work()
+    assert (len(prompts), sum(outputs)) == (256, 133_966)
+    assert all(100 <= len(prompt) <= 1024 for prompt in prompts)
+
+
+def test_a_decode_step_reads_all_weights_but_an_embedding_once(
+    twin: tuple[Path, PreTrainedModel],
+) -> None:
+    folder, model = twin
+    parameters = sum(each.numel() for each in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    tied = model.config.tie_word_embeddings
+    limits = limits_of(folder, bytes_per_s=1e6)
+    assert limits.weight_bytes == 2 * (parameters - (0 if tied else embedding))
+    assert limits.prompt_bytes == 2 * (parameters - embedding * (1 if tied else 2))
+    cache = 2 * 2 * model.config.num_hidden_layers * model.config.num_key_value_heads
+    assert limits.token_bytes == cache * model.config.head_dim
+    # Two prompts, of which one has its last token a step earlier.
+    steps = limits.decode_s([6, 11]) + limits.decode_s([12])
+    assert limits.offline_s([5, 10], [2, 3]) == pytest.approx(limits.prefill_s(15) + steps)

@@ -1,0 +1,88 @@
+"""Time for each further token, at a few batches and contexts.
+
+    python -m bench.latency [MODEL ...] [--kernels FOLDER] [--out FILE]
+
+Greedy: the time of prompts with many new tokens, less that of equal prompts with one, by the
+tokens between. 512 new tokens at batch 1, 256 at others; nothing of a prompt is in the cache
+before. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
+"""
+
+import gc
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.limits import Limits
+from bench.offline import engine_of
+from bench.results import write_results
+from fi_runtime.engine.core import Engine
+from fi_runtime.messages import SamplingParams
+
+MODELS = ("Qwen3-0.6B", "Llama-3.1-8B")
+POINTS = ((1, 128), (8, 1024), (64, 1024))
+"""batch and tokens of each prompt"""
+
+
+def new_tokens(batch: int) -> int:
+    return 512 if batch == 1 else 256
+
+
+def seconds_of(engine: Engine, batch: int, context: int, tokens: int) -> float:
+    """Of so many new tokens after each prompt."""
+    rng = random.Random(batch)
+    prompts = [[rng.randint(0, 10_000) for _ in range(context)] for _ in range(batch)]
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, seed=0, ignore_eos=True)
+    engine.pool.forget()
+    begin = time.perf_counter()
+    engine.generate(prompts, params)
+    return time.perf_counter() - begin
+
+
+def point(engine: Engine, limits: Limits, batch: int, context: int) -> dict[str, Any]:
+    """batch, context, tpot_ms, limit_ms: the latter in the middle of the answers."""
+    tokens = new_tokens(batch)
+    for count in (1, tokens):
+        seconds_of(engine, batch, context, count)  # to warm up
+    first = min(seconds_of(engine, batch, context, 1) for _ in range(3))
+    whole = seconds_of(engine, batch, context, tokens)
+    return {
+        "batch": batch,
+        "context": context,
+        "tpot_ms": round((whole - first) / (tokens - 1) * 1e3, 3),
+        "limit_ms": round(limits.decode_s([context + tokens // 2] * batch) * 1e3, 3),
+    }
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Default: {MODELS}.")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+) -> None:
+    """Measure each model and print a table."""
+    rows: list[dict[str, Any]] = []
+    for model in models or MODELS:
+        with tempfile.TemporaryDirectory() as name:
+            engine, limits = engine_of(model, kernels, Path(name))
+            rows += [{"model": model, **point(engine, limits, *each)} for each in POINTS]
+        del engine
+        gc.collect()
+        if out is not None:  # what there is, should a later model fail
+            write_results(out, rows, "python -m bench.latency --kernels KERNELS --out FILE")
+    table = Table("model", "batch x context", "ms a token", "limit", "share")
+    for row in rows:
+        share = row["limit_ms"] / row["tpot_ms"]
+        where = f"{row['batch']} x {row['context']}"
+        table.add_row(
+            row["model"], where, f"{row['tpot_ms']:.2f}", f"{row['limit_ms']:.2f}", f"{share:.0%}"
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

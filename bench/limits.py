@@ -1,0 +1,61 @@
+"""The least time that a model's steps can take: what they must move, and what they must compute."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fi_runtime.engine.build import weight_bytes
+from fi_runtime.models import ARCHITECTURES, load_model_config
+
+PREFILL_FLOPS = 650e12
+"""a second: dense bfloat16 matrix products of large prompts on an H100, as peers' limits assume"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one model in bfloat16 on one GPU."""
+
+    weight_bytes: int
+    """that a decode step reads: all but an embedding that no logits come from"""
+    prompt_bytes: int
+    """of weights that a prompt's tokens are multiplied with: logits are of its last one alone"""
+    token_bytes: int
+    """of one token's keys and values"""
+    bytes_per_s: float
+
+    def decode_s(self, contexts: Sequence[int]) -> float:
+        """Of a step: the weights are read once, and each sequence's keys and values once."""
+        return (self.weight_bytes + sum(contexts) * self.token_bytes) / self.bytes_per_s
+
+    def prefill_s(self, tokens: int) -> float:
+        """Two operations for each weight, of two bytes, and token."""
+        return tokens * self.prompt_bytes / PREFILL_FLOPS
+
+    def offline_s(self, prompts: Sequence[int], outputs: Sequence[int]) -> float:
+        """Prompts of so many tokens at once, then steps of all that still decode."""
+        seconds = self.prefill_s(sum(prompts))
+        for done in range(1, max(outputs)):
+            seconds += self.decode_s(
+                [p + done for p, o in zip(prompts, outputs, strict=True) if o > done]
+            )
+        return seconds
+
+
+def limits_of(checkpoint: Path, bytes_per_s: float) -> Limits:
+    """From a checkpoint's config.json.
+
+    Args:
+        bytes_per_s: that a copy within the GPU's memory moves, reading and writing counted.
+    """
+    config = load_model_config(checkpoint, list(ARCHITECTURES))
+    size = torch.bfloat16.itemsize
+    head = config.vocab_size * config.hidden_size * size
+    once = weight_bytes(config, torch.bfloat16) - (0 if config.tied_embeddings else head)
+    return Limits(
+        weight_bytes=once,
+        prompt_bytes=once - head,
+        token_bytes=2 * config.layers * config.kv_heads * config.head_dim * size,
+        bytes_per_s=bytes_per_s,
+    )

@@ -1,0 +1,113 @@
+"""The engine alone on many prompts at once, the way mini-sglang's offline benchmark does it.
+
+    python -m bench.offline [MODEL ...] [--kernels FOLDER] [--out FILE]
+
+256 prompts of 100 to 1024 random tokens, 100 to 1024 new tokens each (133,966 in all), seed 0,
+temperature 0.6, end tokens ignored; the second of two runs, with nothing left in the cache of the
+first. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
+"""
+
+import gc
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bench.cold_start import model_repository
+from bench.limits import Limits, limits_of
+from bench.results import write_results
+from bench.shapes import SHAPES
+from fi_runtime.attention.timing import memory_bandwidth
+from fi_runtime.engine.core import Engine
+from fi_runtime.frontend.repository import read_engine_config
+from fi_runtime.messages import SamplingParams
+
+SEQUENCES = 256
+LEAST, MOST = 100, 1024
+"""tokens of a prompt, and of an answer"""
+VOCABULARY = 10_000
+"""the tokens that prompts are drawn from"""
+
+
+def work() -> tuple[list[list[int]], list[int]]:
+    """The prompts, and how many tokens to generate after each."""
+    rng = random.Random(0)
+    prompts = [
+        [rng.randint(0, VOCABULARY) for _ in range(rng.randint(LEAST, MOST))]
+        for _ in range(SEQUENCES)
+    ]
+    return prompts, [rng.randint(LEAST, MOST) for _ in range(SEQUENCES)]
+
+
+def seconds_of(engine: Engine) -> float:
+    """Of the second of two runs."""
+    prompts, outputs = work()
+    params = [
+        SamplingParams(max_tokens=count, temperature=0.6, seed=number, ignore_eos=True)
+        for number, count in enumerate(outputs)
+    ]
+    seconds = 0.0
+    for _ in range(2):
+        engine.pool.forget()
+        begin = time.perf_counter()
+        results = engine.generate(prompts, params)
+        seconds = time.perf_counter() - begin
+        assert [len(result.tokens) for result in results] == outputs
+    return seconds
+
+
+def engine_of(model: str, kernels: Path | None, folder: Path) -> tuple[Engine, Limits]:
+    """A model's engine on the GPU, as its process sets it up, and the model's limits there."""
+    bytes_per_s = memory_bandwidth(torch.device("cuda")) * 1e9
+    repository = model_repository(model, folder, kernels)
+    config = read_engine_config(repository / "llm", "cuda")
+    engine = Engine(config)
+    gc.collect()
+    gc.freeze()
+    return engine, limits_of(Path(config.checkpoint), bytes_per_s)
+
+
+def measure(model: str, kernels: Path | None) -> dict[str, Any]:
+    """One row."""
+    with tempfile.TemporaryDirectory() as name:
+        engine, limits = engine_of(model, kernels, Path(name))
+        seconds = seconds_of(engine)
+    prompts, outputs = work()
+    tokens = sum(outputs)
+    limit_s = limits.offline_s([len(prompt) for prompt in prompts], outputs)
+    return {
+        "model": model,
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "limit_tokens_per_s": round(tokens / limit_s, 1),
+    }
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SHAPES)}.")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+) -> None:
+    """Measure each model and print a table."""
+    rows = []
+    for model in models or SHAPES:
+        rows.append(measure(model, kernels))
+        gc.collect()
+        if out is not None:  # what there is, should a later model fail
+            write_results(out, rows, "python -m bench.offline --kernels KERNELS --out FILE")
+    table = Table("model", "tokens/s", "limit", "share")
+    for row in rows:
+        speed, limit = row["tokens_per_s"], row["limit_tokens_per_s"]
+        table.add_row(row["model"], f"{speed:,.0f}", f"{limit:,.0f}", f"{speed / limit:.0%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
