@@ -141,6 +141,17 @@ def test_the_leaf_that_was_used_longest_ago_gives_way() -> None:
     tree.release(held)
 
 
+def test_reading_the_same_again_and_again_takes_no_more_memory() -> None:
+    tree = PrefixTree(PagePool(9), 2)
+    tokens = [1, 2, 3]
+    tree.release([tree.add([], tokens, tree.take(1)[0])])
+    for _ in range(1000):
+        tree.release(tree.match(tokens))
+    assert len(tree._leaves) <= 2 * tree.usable + 1
+    tree.take(8)
+    assert tree.match(tokens) == []
+
+
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("step_tokens", [40, 512])
 def test_answers_after_a_shared_beginning_are_transformers_own(

@@ -119,17 +119,21 @@ class PrefixTree:
         node.users += 1
 
     def _offer(self, node: Node) -> None:
-        if not node.children:
-            heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
+        if node.children:
+            return
+        heapq.heappush(self._leaves, (node.last_used, next(self._tie), node))
+        if len(self._leaves) > 2 * self.usable:  # most of them out of date
+            self._leaves = [leaf for leaf in self._leaves if _is_unused_leaf(*leaf)]
+            heapq.heapify(self._leaves)
 
     def _evict(self) -> None:
         """Give up the unused leaf that was used longest ago."""
         while True:
-            last_used, _, node = heapq.heappop(self._leaves)
-            parent = node.parent
-            # Since it was put there it may have been used, got children, or been given up.
-            if parent is None or node.users or node.children or node.last_used != last_used:
+            leaf = heapq.heappop(self._leaves)
+            if not _is_unused_leaf(*leaf):
                 continue
+            node, parent = leaf[-1], leaf[-1].parent
+            assert parent is not None
             del parent.children[node.tokens]
             node.parent = None
             self._unused -= 1
@@ -137,3 +141,13 @@ class PrefixTree:
             if parent is not self._root and not parent.users:
                 self._offer(parent)
             return
+
+
+def _is_unused_leaf(last_used: int, _: int, node: Node) -> bool:
+    """Whether it still is what it was at that time: not used, grown or given up since."""
+    return (
+        node.last_used == last_used
+        and node.parent is not None
+        and not node.users
+        and not node.children
+    )
