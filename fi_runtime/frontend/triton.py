@@ -6,11 +6,13 @@ send the responses, each those of its own requests; "cancellation" asks Triton f
 which clients have gone.
 """
 
+import itertools
 import json
 import logging
 import os
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -43,6 +45,8 @@ class InFlight:
 
     numbers: range
     """what the engine knows its samples by"""
+    outbox: "SimpleQueue[list[Output]]"
+    """of the thread that sends its responses"""
     answer: Answer
     responder: Responder
     times: RequestTimes
@@ -76,6 +80,7 @@ class TritonPythonModel:
         self._credits = threading.Semaphore(0)
         self._outboxes: list[SimpleQueue[list[Output]]] = [SimpleQueue() for _ in range(SENDERS)]
         """what the engine gave the requests of each sender; nothing at all asks it to look up"""
+        self._next_outbox = itertools.cycle(self._outboxes)
         self._lost = ""
         """why there is no engine any more, once there is none"""
         self._closing = threading.Event()
@@ -167,9 +172,8 @@ class TritonPythonModel:
         numbers = range(self._next_number, self._next_number + len(parsed.samples))
         self._next_number = numbers.stop
         times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
-        in_flight = InFlight(
-            numbers, Answer(parsed, self._tokenizer, self._grouping), responder, times
-        )
+        answer = Answer(parsed, self._tokenizer, self._grouping)
+        in_flight = InFlight(numbers, next(self._next_outbox), answer, responder, times)
         messages = [
             encode(Generate(self._link.name, number, parsed.prompt, params))
             for number, params in zip(numbers, parsed.samples, strict=True)
@@ -218,14 +222,13 @@ class TritonPythonModel:
 
     def _hand_out(self, outputs: list[Output]) -> None:
         """Give each output to the sender of its request."""
-        shares: list[list[Output]] = [[] for _ in self._outboxes]
+        shares: dict[SimpleQueue[list[Output]], list[Output]] = defaultdict(list)
         for output in outputs:
             # What has ended here first, by a stop string or an error, is nobody's any more.
             if (in_flight := self._in_flight.get(output.request)) is not None:
-                shares[in_flight.numbers.start % SENDERS].append(output)
-        for outbox, share in zip(self._outboxes, shares, strict=True):
-            if share:
-                outbox.put(share)
+                shares[in_flight.outbox].append(output)
+        for outbox, share in shares.items():
+            outbox.put(share)
 
     def _reply(self, outbox: "SimpleQueue[list[Output]]") -> None:
         """Send what the engine gives one sender's requests, until the model is closed."""
