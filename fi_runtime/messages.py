@@ -49,7 +49,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[TokenId, ...] = ()
     """Tokens that end the sequence, beside its end-of-sequence tokens."""
     end_ids: tuple[TokenId, ...] | None = None
-    """End-of-sequence tokens; None: the checkpoint's own."""
+    """End-of-sequence tokens; None: the checkpoint's own, (): no token is one."""
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Likeliest tokens to report beside the chosen one; None reports nothing."""

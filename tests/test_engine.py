@@ -55,8 +55,9 @@ def test_the_checkpoints_own_end_token_ends_it_unless_ignored(
     ended = engine(tmp_path).generate([PROMPT], GREEDY)[0]
     assert ended.tokens == plain.tokens[: plain.tokens.index(eos) + 1]
     assert ended.finish == "stop"
-    ignoring = msgspec.structs.replace(GREEDY, ignore_eos=True)
-    assert engine(tmp_path).generate([PROMPT], ignoring)[0] == plain
+    for without in ({"ignore_eos": True}, {"end_ids": ()}):
+        params = msgspec.structs.replace(GREEDY, **without)
+        assert engine(tmp_path).generate([PROMPT], params)[0] == plain
 
 
 def test_no_end_before_min_tokens(checkpoint: Path) -> None:
@@ -189,7 +190,13 @@ def guided_engine(guided: Path) -> Engine:
 
 @pytest.mark.parametrize(
     ("knobs", "digits"),
-    [({}, 1), ({"min_tokens": 6}, 6), ({"ignore_eos": True}, 12), ({"end_ids": (5,)}, 12)],
+    [
+        ({}, 1),
+        ({"min_tokens": 6}, 6),
+        ({"ignore_eos": True}, 12),
+        ({"end_ids": (5,)}, 12),
+        ({"end_ids": ()}, 12),
+    ],
     ids=str,
 )
 def test_a_guide_ends_where_the_request_says(

@@ -29,15 +29,21 @@ from tools.serve import TritonServer
 
 POLICY = """
 dynamic_batching {
-  priority_levels: 2
+  priority_levels: 3
   default_priority_level: 2
   default_queue_policy {
     max_queue_size: 8
     default_timeout_microseconds: 60000000
     allow_timeout_override: true
   }
+  priority_queue_policy {
+    key: 3
+    value { timeout_action: REJECT default_timeout_microseconds: 1000000 }
+  }
 }
 """
+HASTY_PRIORITY, HASTY_S = 3, 1.0
+"""requests that wait no longer, though they do not say so themselves"""
 HELD = Credits.STANDBY + 1
 """Requests past the queue: what the engine takes at once, and the one that `execute` waits with."""
 LONG = {"text_input": "holds the engine", "max_tokens": 3000, "temperature": 0.0, "stream": True}
@@ -143,6 +149,23 @@ def test_a_request_that_waits_longer_than_its_timeout_is_refused(narrow: TritonS
             stream.close()
         wait_until(lambda: patient.is_answered and other.is_answered, 20, "the others are answered")
         for request in (patient, hasty, other):
+            request.close()
+
+
+def test_the_queues_own_timeout_refuses_what_waits_longer(narrow: TritonServer) -> None:
+    with Load(narrow) as load:
+        begin = time.monotonic()
+        late = queued(narrow, priority=HASTY_PRIORITY)
+        wait_until(lambda: bool(late.error), 5, "the late one is refused")
+        assert late.came[0][0] - begin >= HASTY_S
+        assert "timeout expired" in late.error.lower()
+        early = queued(narrow, priority=HASTY_PRIORITY)
+        time.sleep(HASTY_S / 4)
+        assert not early.came, "it waits in Triton's queue, too"
+        for stream in load.holding:
+            stream.close()
+        wait_until(lambda: early.is_answered, 20, "the early one is answered")
+        for request in (late, early):
             request.close()
 
 

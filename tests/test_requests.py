@@ -144,6 +144,7 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ),
         ({"text_input": "a", "min_p": 1.5}, ["min_p=1.5", "<= 1"]),
         ({"text_input": "a", "top_k": -2}, ["top_k=-2", ">= -1"]),
+        ({"text_input": "a", "end_id": -2}, ["end_id=-2", ">= -1"]),
         ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, ["tempo", "known are"]),
         ({"text_input": "a", "sampling_parameters": "[1]"}, ["sampling_parameters", "JSON object"]),
         ({"text_input": "a", "sampling_parameters": "{"}, ["sampling_parameters", "JSON object"]),
@@ -244,6 +245,12 @@ def test_tensorrt_llms_names_mean_the_same() -> None:
     [params] = parse(text_input="a", min_length=3, sampling_parameters=json).samples
     assert params.min_tokens == 5, "the JSON comes before tensors, whatever the name"
     assert params.logit_bias == {5: -100.0, 6: 2.5}
+
+
+def test_an_end_id_of_minus_one_is_no_end_at_all() -> None:
+    for given in ({"end_id": -1, "pad_id": -1}, {"sampling_parameters": '{"end_id": "-1"}'}):
+        assert parse(text_input="a", **given).samples[0].end_ids == ()
+    assert parse(text_input="a", pad_id=-1).samples[0].end_ids is None, "the checkpoint's own"
 
 
 def test_each_answer_to_a_prompt_has_a_seed_of_its_own() -> None:

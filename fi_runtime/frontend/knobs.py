@@ -40,7 +40,8 @@ class Knobs(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
-    end_id: TokenId | None = None
+    end_id: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
+    """-1: no token ends the answer"""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     structured_outputs: Any = None
     guided_decoding: Any = None

@@ -131,10 +131,17 @@ def _params(knobs: Knobs, flags: Flags, tokenizer: Tokenizer, room: int) -> Samp
         guide=_guide(knobs),
         bad_tokens=_bad_tokens(as_list(knobs.bad_words), tokenizer),
         stop_token_ids=tuple(knobs.stop_token_ids),
-        end_ids=None if knobs.end_id is None else (knobs.end_id,),
+        end_ids=_end_ids(knobs.end_id),
         ignore_eos=knobs.ignore_eos,
         logprobs=0 if knobs.logprobs is None and needs_logprobs else knobs.logprobs,
     )
+
+
+def _end_ids(end_id: int | None) -> tuple[int, ...] | None:
+    """What ends the answer instead of the checkpoint's own tokens; None: they do."""
+    if end_id is None:
+        return None
+    return () if end_id == -1 else (end_id,)
 
 
 def _guide(knobs: Knobs) -> str:
