@@ -1,5 +1,7 @@
 """The shared memory that Triton's Python backend passes tensors through."""
 
+import contextlib
+import os
 import shutil
 from pathlib import Path
 
@@ -18,3 +20,16 @@ def shortage() -> str | None:
         "Remove what lies there, or make it larger: "
         f"mount -o remount,size=256m {FOLDER} (docker run --shm-size=256m)"
     )
+
+
+def remove_of_stub(pid: int) -> None:
+    """Remove the region of a stub of Triton's that is about to be ended.
+
+    It does so itself, unless its server died while it waited for an answer. The region's name is
+    the stub's second argument.
+    """
+    with contextlib.suppress(OSError):  # it has ended
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        program, name = Path(os.fsdecode(command[0])).name, os.fsdecode(b"".join(command[2:3]))
+        if program == "triton_python_backend_stub" and name and "/" not in name:
+            (FOLDER / name).unlink(missing_ok=True)

@@ -41,6 +41,7 @@ from fi_runtime.messages import (
 )
 from fi_runtime.models.tokenizer import tokenizer_file
 from fi_runtime.run_folder import RunFolder, starting_lock
+from fi_runtime.shared_memory import remove_of_stub
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class EngineServer:
         self._credits = credits
         self._front_ends: dict[bytes, int] = {}
         """attached front ends and the pidfd of each one's process"""
+        self._pids: dict[int, int] = {}
+        """by pidfd"""
         self._server_fd = os.pidfd_open(server_pid)
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
         self._attached_before = False
@@ -125,6 +128,7 @@ class EngineServer:
                 waiting.discard(fd)
         for fd in waiting:
             log.warning("a front end that outlives the server is killed")
+            remove_of_stub(self._pids[fd])  # it still lives: the number is nobody else's
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
 
@@ -168,6 +172,7 @@ class EngineServer:
         except ProcessLookupError:
             return
         self._front_ends[front_end] = fd
+        self._pids[fd] = pid
         self._attached_before = True
         self._poller.register(fd, zmq.POLLIN)
         self._credits.attach(front_end)
@@ -179,6 +184,7 @@ class EngineServer:
         if fd is None:
             return
         self._poller.unregister(fd)
+        del self._pids[fd]
         os.close(fd)
         for key in self._engine.keys_of(front_end):
             self._engine.abort(key)

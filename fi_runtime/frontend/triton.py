@@ -30,6 +30,7 @@ from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import max_prompt_bytes, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, Step, encode
+from fi_runtime.shared_memory import remove_of_stub
 
 log = logging.getLogger(__name__)
 
@@ -296,6 +297,7 @@ class TritonPythonModel:
                 # Triton's stub notices too, and ends with its shared memory removed, unless it is
                 # caught in a call that nobody is left to answer.
                 time.sleep(STUB_END_S)
+                remove_of_stub(os.getpid())
                 os._exit(1)
             for in_flight in self._requests():
                 if in_flight.responder.is_cancelled():
