@@ -2,9 +2,12 @@
 
 import itertools
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fi_runtime.engine import capture
 from fi_runtime.engine.decode_graphs import padded_sizes
 from fi_runtime.engine.piece_graphs import padded_token_counts
 
@@ -25,3 +28,27 @@ def test_padded_token_counts_cover_every_step_without_much_padding(most: int) ->
     assert sizes[-1] == most
     for smaller, larger in itertools.pairwise(sizes):
         assert larger - smaller <= max(smaller, 8)
+
+
+def test_the_largest_is_captured_first_and_each_is_said_to_take_what_it_took(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    free = 1000
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 1000))
+    monkeypatch.setattr(capture, "PROGRESS_S", 0.0)
+    caplog.set_level("INFO")
+    order = []
+
+    def take(size: int) -> str:
+        nonlocal free
+        free -= size
+        order.append(size)
+        return f"graph {size}"
+
+    graphs, nbytes = capture.capture_each([1, 4, 16], "graphs", take)
+    assert order == [16, 4, 1]
+    assert graphs == {size: f"graph {size}" for size in order}
+    assert nbytes == {size: size for size in order}
+    assert "capturing graphs: 1 of 3" in caplog.text
+    assert "captured graphs of 1, 4, 16 in" in caplog.text

@@ -1,5 +1,6 @@
 """The interface between a model's layers and the paged cache."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -32,6 +33,7 @@ class StepLayout:
     pages: Int32s
     """Page numbers of all sequences, one after another."""
 
+    @functools.cached_property
     def places(self) -> tuple[Int32s, Int32s]:
         """Of each token: its sequence, and its position there; (tokens,) each."""
         counts = np.diff(self.query_starts)

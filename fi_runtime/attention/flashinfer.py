@@ -237,6 +237,7 @@ class PieceAttention:
             torch.split(self._buffer, list(parts))
         )
         self._append.pages, self._pages = pages, pages[1:]
+        self._page_size = shape.page_size
         self._parts = parts
         self.q = torch.zeros(
             (tokens, common.heads, shape.head_dim), dtype=cache.dtype, device=cache.device
@@ -247,8 +248,8 @@ class PieceAttention:
 
     def plan(self, layout: StepLayout) -> None:
         """Fill the buffers, and plan the attention of the step."""
-        rows, positions = layout.places()
-        last = _last_page_lens(layout, self._append.page_size)
+        rows, positions = layout.places
+        last = _last_page_lens(layout, self._page_size)
         count, sequences = len(positions), len(last)
         head = np.zeros(sum(self._parts[:-1]) + 1 + len(layout.pages), dtype=np.int32)
         own_rows, own_positions, page_starts, own_last, pages = np.split(
@@ -357,14 +358,13 @@ class _Append:
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self.page_size = cache.shape.page_size
         empty = torch.empty(0, dtype=torch.int32, device=cache.data.device)
         self.rows = self.positions = self.page_starts = self.pages = self.last = empty
 
     def locate(self, layout: StepLayout) -> torch.Tensor:
         """Take the places of a step's tokens; the layout's pages, on the device."""
-        rows, positions = layout.places()
-        last = _last_page_lens(layout, self.page_size)
+        rows, positions = layout.places
+        last = _last_page_lens(layout, self._cache.shape.page_size)
         parts = (rows, positions, layout.page_starts, last, layout.pages)
         # One copy for all.
         there = upload(np.concatenate(parts), self._cache.data.device)

@@ -41,7 +41,7 @@ class ReferenceAttention:
             # No context is padded to more than twice its length: a long one costs itself alone.
             alike.setdefault((count, context.bit_length()), []).append(sequence)
         self._groups = [self._group(layout, key[0], members) for key, members in alike.items()]
-        rows, positions = layout.places()
+        rows, positions = layout.places
         page_size = self._cache.shape.page_size
         pages = layout.pages[layout.page_starts[rows] + positions // page_size].astype(np.int64)
         self._write_slots = self._to_device(pages * page_size + positions % page_size)

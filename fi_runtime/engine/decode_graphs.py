@@ -2,8 +2,6 @@
 
 import bisect
 import functools
-import logging
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +10,11 @@ import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAttention
+from fi_runtime.engine.capture import capture_each
 from fi_runtime.engine.sampler import filters
 from fi_runtime.kernels.sampling import Draws, choose
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
-
-log = logging.getLogger(__name__)
-
-PROGRESS_S = 2.0
-"""seconds between words about a capture that takes long"""
 
 
 class _Graph:
@@ -117,33 +111,16 @@ class DecodeGraphs:
         last_tokens: torch.Tensor,
     ) -> None:
         self._sizes = sizes
-        self._graphs: dict[int, _Graph] = {}
-        self.nbytes: dict[int, int] = {}
-        """of the device's memory, that each size took beyond the larger ones"""
-        begin = told = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         # Of all of them, since they are the largest by far and one step runs at a time.
         logits = torch.empty((sizes[-1], len(model.head.weight)), device=model.embedding.device)
-        with torch.inference_mode():
-            # The largest first: the smaller ones then fit the memory that it has taken.
-            for done, size in enumerate(reversed(sizes)):
-                if time.perf_counter() - told > PROGRESS_S:
-                    told = time.perf_counter()
-                    log.info("capturing decode graphs: %d of %d", done, len(sizes))
-                torch.cuda.empty_cache()  # as the capture does: what it frees is not its gain
-                free = torch.cuda.mem_get_info()[0]
-                self._graphs[size] = _Graph(
-                    model, attention.for_graph(size), logits[:size], last_tokens, pool
-                )
-                self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
+
+        def capture(size: int) -> _Graph:
+            return _Graph(model, attention.for_graph(size), logits[:size], last_tokens, pool)
+
+        self._graphs, self.nbytes = capture_each(sizes, "decode graphs by sequences", capture)
         self._last = self._graphs[sizes[-1]]
         """of the last step"""
-        log.info(
-            "captured decode graphs of %s sequences in %.1f s, %.0f MB",
-            ", ".join(map(str, sizes)),
-            time.perf_counter() - begin,
-            sum(self.nbytes.values()) / 1e6,
-        )
 
     def fits(self, sequences: int) -> bool:
         return sequences <= self._sizes[-1]

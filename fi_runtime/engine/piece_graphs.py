@@ -1,19 +1,16 @@
 """CUDA graphs of all but attention, for steps that are no pure decode."""
 
 import bisect
-import logging
-import time
 from typing import Any
 
 import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import FlashInferAttention, PieceAttention
+from fi_runtime.engine.capture import capture_each
 from fi_runtime.engine.decode_graphs import known_tokens
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
-
-log = logging.getLogger(__name__)
 
 
 class _Pieces:
@@ -101,31 +98,17 @@ class PieceGraphs:
         self._sizes = sizes
         self._attention = attention.for_pieces(sizes[-1], len(last_tokens))
         self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=last_tokens.device)
-        self._pieces: dict[int, _Pieces] = {}
-        self.nbytes: dict[int, int] = {}
-        """of the device's memory, that each size took beyond the larger ones"""
-        begin = time.perf_counter()
         pool = torch.cuda.graph_pool_handle()
         # One for all, since memory is reused on the stream that it was taken on.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        with torch.inference_mode():
-            # The largest first: the smaller ones then fit the memory that it has taken.
-            for size in reversed(sizes):
-                self._attention.plan(spare_layout([size], page_size))
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                free = torch.cuda.mem_get_info()[0]
-                tokens = self._tokens[:size]
-                self._pieces[size] = _Pieces(
-                    model, self._attention, tokens, last_tokens, pool, stream
-                )
-                torch.cuda.empty_cache()
-                self.nbytes[size] = free - torch.cuda.mem_get_info()[0]
-        log.info(
-            "captured graphs of all but attention, of %s tokens, in %.1f s, %.0f MB",
-            ", ".join(map(str, sizes)),
-            time.perf_counter() - begin,
-            sum(self.nbytes.values()) / 1e6,
+
+        def capture(size: int) -> _Pieces:
+            self._attention.plan(spare_layout([size], page_size))
+            tokens = self._tokens[:size]
+            return _Pieces(model, self._attention, tokens, last_tokens, pool, stream)
+
+        self._pieces, self.nbytes = capture_each(
+            sizes, "graphs of all but attention by tokens", capture
         )
 
     def fits(self, tokens: int) -> bool:

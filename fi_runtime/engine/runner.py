@@ -116,7 +116,7 @@ class Runner:
             there = known_tokens(there, self._last_tokens)
         return self._model(
             there,
-            upload(layout.places()[1], self._device),
+            upload(layout.places[1], self._device),
             self._attention,
         )
 
