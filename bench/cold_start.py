@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.results import write_results
-from bench.shapes import write_shape
+from bench.shapes import PEERS, write_shape
 from tools.repository import SHIPPED, STREAMED, write_repository
 from tools.serve import TritonServer
 
-MODELS = ["demo", "Qwen3-0.6B", "Llama-3.1-8B"]
+MODELS = ["demo", *PEERS]
 STARTED = re.compile(r"started in [\d.]+ s: (.+)$", re.MULTILINE)
 """What the engine logs once it is ready, with the seconds of each phase."""
 

@@ -11,7 +11,6 @@ failed. Parts: tests, doctor, attention, served, transport, serving, offline, la
 none is named.
 """
 
-import csv
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from rich.console import Console
 
 from bench import cold_start
 from bench.results import write_results
+from bench.shapes import PEERS
 from tools import perf
 from tools.serve import TritonServer
 
@@ -45,7 +45,7 @@ def gpu_tests(out: Path) -> None:
         report = Path(folder) / "report.xml"
         # By name: what another test lacks on the machine must not keep these from running.
         options = ["-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        code = _run("pytest", *GPU_TESTS, *options)
+        code = _exit_code("pytest", *GPU_TESTS, *options)
         suite = ElementTree.parse(report).getroot()[0]
     counts = {name: int(suite.get(name, 0)) for name in ("tests", "failures", "errors", "skipped")}
     failed = counts["failures"] + counts["errors"]
@@ -85,8 +85,7 @@ def served(out: Path, kernels: Path | None) -> None:
 def _accuracy(server: TritonServer, out: Path) -> None:
     """The share of the default checkpoint's tasks answered exactly."""
     options = ["--url", server.grpc_url, "--out", str(out / "accuracy.json")]
-    if code := _run("bench.accuracy", *options):
-        raise RuntimeError(f"bench.accuracy ended with code {code}")
+    _run("bench.accuracy", *options)
 
 
 def _drive(server: TritonServer, concurrency: int) -> list[dict[str, Any]]:
@@ -97,16 +96,11 @@ def _drive(server: TritonServer, concurrency: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for door, transport in perf.doors(server.http_address, server.grpc_url):
-            table = folder / "table.csv"
             options = [
                 f"--concurrency-range={concurrency}",
                 f"--measurement-request-count={4 * concurrency}",
-                "-f",
-                str(table),
             ]
-            if code := perf.measure(folder, door, transport, options, request):
-                raise RuntimeError(f"perf_analyzer ended with code {code}")
-            [figures] = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+            figures = perf.figures(folder, door, transport, options, request)
             requests_per_s = float(figures["Inferences/Second"])
             rows.append(
                 {
@@ -125,8 +119,17 @@ def _drive(server: TritonServer, concurrency: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _run(module: str, *arguments: str) -> int:
-    """Run a module in a process of its own; its exit code."""
+def _run(module: str, *arguments: str) -> None:
+    """Run a module in a process of its own.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    if code := _exit_code(module, *arguments):
+        raise RuntimeError(f"{module} ended with code {code}")
+
+
+def _exit_code(module: str, *arguments: str) -> int:
     return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
 
 
@@ -139,43 +142,30 @@ def main(
 ) -> None:
     """Run every part, or those that are named."""
 
+    def measure(module: str, *options: str) -> None:
+        given = ("--kernels", str(kernels)) if kernels else ()
+        _run(f"bench.{module}", *options, *given, "--out", str(out / f"{module}.json"))
+
     def attention() -> None:
-        given = {"--kernels": kernels, "--old": old, "--old-kernels": old_kernels}
-        options = [text for name, path in given.items() if path for text in (name, str(path))]
-        file = out / "decode_attention.json"
-        if code := _run("bench.decode_attention", *options, "--out", str(file)):
-            raise RuntimeError(f"bench.decode_attention ended with code {code}")
-
-    def doctor() -> None:
-        if code := _run("fi_runtime", "doctor"):
-            raise RuntimeError(f"doctor ended with code {code}")
-
-    def transport() -> None:
-        if code := _run("bench.transport", "--out", str(out / "transport.json")):
-            raise RuntimeError(f"bench.transport ended with code {code}")
+        given = {"--old": old, "--old-kernels": old_kernels}
+        measure(
+            "decode_attention",
+            *(text for name, path in given.items() if path for text in (name, str(path))),
+        )
 
     def serving() -> None:
-        options = [text for count in STREAMS for text in ("--concurrency", str(count))]
-        options += ["--tokens", "256", "--rounds", "2", "--out", str(out / "serving.json")]
-        options += ["--kernels", str(kernels)] if kernels else []
-        if code := _run("bench.serving", *cold_start.MODELS[1:], *options):
-            raise RuntimeError(f"bench.serving ended with code {code}")
-
-    def engine_alone(module: str) -> None:
-        options = ["--out", str(out / f"{module}.json")]
-        options += ["--kernels", str(kernels)] if kernels else []
-        if code := _run(f"bench.{module}", *options):
-            raise RuntimeError(f"bench.{module} ended with code {code}")
+        counts = (text for count in STREAMS for text in ("--concurrency", str(count)))
+        measure("serving", *PEERS, *counts, "--tokens", "256", "--rounds", "2")
 
     known: dict[str, Callable[[], None]] = {
         "tests": lambda: gpu_tests(out),
-        "doctor": doctor,
+        "doctor": lambda: _run("fi_runtime", "doctor"),
         "attention": attention,
         "served": lambda: served(out, kernels),
-        "transport": transport,
+        "transport": lambda: _run("bench.transport", "--out", str(out / "transport.json")),
         "serving": serving,
-        "offline": lambda: engine_alone("offline"),
-        "latency": lambda: engine_alone("latency"),
+        "offline": lambda: measure("offline"),
+        "latency": lambda: measure("latency"),
     }
     failed = []
     for name in parts or known:

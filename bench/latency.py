@@ -21,10 +21,10 @@ from rich.table import Table
 from bench.limits import Limits
 from bench.offline import engine_of
 from bench.results import write_results
+from bench.shapes import PEERS
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
 
-MODELS = ("Qwen3-0.6B", "Llama-3.1-8B")
 POINTS = ((1, 128), (8, 1024), (64, 1024))
 """batch and tokens of each prompt"""
 
@@ -60,13 +60,13 @@ def point(engine: Engine, limits: Limits, batch: int, context: int) -> dict[str,
 
 
 def main(
-    models: Annotated[list[str] | None, typer.Argument(help=f"Default: {MODELS}.")] = None,
+    models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
     kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure each model and print a table."""
     rows: list[dict[str, Any]] = []
-    for model in models or MODELS:
+    for model in models or PEERS:
         with tempfile.TemporaryDirectory() as name:
             engine, limits = engine_of(model, kernels, Path(name))
             rows += [{"model": model, **point(engine, limits, *each)} for each in POINTS]

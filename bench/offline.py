@@ -63,7 +63,13 @@ def seconds_of(engine: Engine) -> float:
 
 
 def engine_of(model: str, kernels: Path | None, folder: Path) -> tuple[Engine, Limits]:
-    """A model's engine on the GPU, as its process sets it up, and the model's limits there."""
+    """A model's engine on the GPU, as its process sets it up, and the model's limits there.
+
+    Raises:
+        typer.BadParameter: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("no GPU is visible to torch; run this on a machine with one")
     bytes_per_s = memory_bandwidth(torch.device("cuda")) * 1e9
     repository = model_repository(model, folder, kernels)
     config = read_engine_config(repository / "llm", "cuda")

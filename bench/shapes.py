@@ -68,6 +68,10 @@ SHAPES: dict[str, PretrainedConfig] = {
 }
 
 
+PEERS = ("Qwen3-0.6B", "Llama-3.1-8B")
+"""those that everything is measured with, as its peers were"""
+
+
 def write_shape(name: str, folder: Path) -> Path:
     """Write config.json and tokenizer.json of a shape; no token of it ends a sequence."""
     config = SHAPES[name]

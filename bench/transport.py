@@ -7,7 +7,6 @@ Once with each token in a response of its own, and once with whatever piles up w
 being sent in the next one.
 """
 
-import csv
 import itertools
 import os
 import tempfile
@@ -59,19 +58,14 @@ def measure(front_ends: int, group: str) -> dict[str, Any]:
 
 def _drive(server: TritonServer, folder: Path) -> dict[str, float]:
     [(door, transport), *_] = perf.doors(server.http_address, server.grpc_url)
-    table = folder / "table.csv"
     options = [
         f"--concurrency-range={STREAMS}",
         # So many in all: at high rates a window may never end, since perf_analyzer's thread that
         # looks waits for a lock that those which count responses pass among themselves.
         f"--request-count={REQUESTS}",
-        "-f",
-        str(table),
     ]
     request = {"text_input": "echo", "max_tokens": TOKENS}
-    if code := perf.measure(folder, door, transport, options, request):
-        raise RuntimeError(f"perf_analyzer ended with code {code}")
-    [figures] = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    figures = perf.figures(folder, door, transport, options, request)
     return {
         "responses_per_s": float(figures["Response Throughput"]),
         "tokens_per_s": float(figures["Inferences/Second"]) * TOKENS,

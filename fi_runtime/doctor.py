@@ -292,9 +292,8 @@ def _cache_room(
         free, total = torch.cuda.mem_get_info()
         room = free - (1.0 - config.gpu_memory_fraction) * total - weights
     else:
-        room = (
-            available_memory(torch.device("cpu")) - weights
-        ) * 0.75  # the engine leaves the machine a quarter
+        # The engine leaves the machine a quarter.
+        room = (available_memory(torch.device("cpu")) - weights) * 0.75
     token = CacheShape(model.layers, 1, 1, model.kv_heads, model.head_dim).nbytes(dtype)
     tokens = max(0, int(room) // token)
     value = f"about {tokens:,} tokens of {token:,} bytes fit the memory"

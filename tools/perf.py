@@ -7,6 +7,7 @@ python -m tools.perf --concurrency-range 1:8          # anything else goes to pe
 
 import argparse
 import contextlib
+import csv
 import json
 import subprocess
 import sys
@@ -75,6 +76,25 @@ def measure(
     command += [default for default in DEFAULTS if not replaced(default, others)]
     print(f"\n=== {door}, {' '.join(transport)}", flush=True)
     return subprocess.run([*command, *others], check=False).returncode
+
+
+def figures(
+    folder: Path,
+    door: str,
+    transport: list[str],
+    others: Sequence[str],
+    request: Mapping[str, object],
+) -> dict[str, str]:
+    """Measure one load, and perf_analyzer's figures of it by the names of its columns.
+
+    Raises:
+        RuntimeError: perf_analyzer failed.
+    """
+    table = folder / "table.csv"
+    if code := measure(folder, door, transport, [*others, "-f", str(table)], request):
+        raise RuntimeError(f"perf_analyzer ended with code {code}")
+    [row] = csv.DictReader(table.read_text(encoding="utf-8").splitlines())
+    return row
 
 
 def input_data(request: Mapping[str, object], streaming: bool) -> dict[str, Any]:

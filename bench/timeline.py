@@ -1,0 +1,164 @@
+"""What the GPU does in 20 decode steps: how long it idles, and which kernels take how long.
+
+    python -m bench.timeline [MODEL ...] [--batch 64 ...] [--kernels FOLDER] [--out FILE]
+
+Greedy, each sequence with 1,024 tokens of context; recorded by torch's profiler once all decode.
+With ``--out``, each trace lies beside the file as FILE-MODEL-BATCH.json.gz, for Perfetto to open. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
+"""
+
+import gc
+import gzip
+import json
+import random
+import re
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+from bench.offline import VOCABULARY, engine_of
+from bench.results import write_results
+from bench.shapes import PEERS
+from fi_runtime.engine.core import Engine
+from fi_runtime.messages import SamplingParams
+
+STEPS = 20
+CONTEXT = 1024
+"""tokens of each prompt"""
+WARM_UP = 8
+"""decode steps before those that are recorded"""
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+"""categories of the trace's events that the GPU runs"""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One thing that the GPU did; in microseconds."""
+
+    name: str
+    begin: float
+    end: float
+
+
+def spans_of(trace: dict[str, Any]) -> list[Span]:
+    """What the GPU did, in the order of beginning, of a trace in Chrome's format."""
+    spans = [
+        Span(event["name"], event["ts"], event["ts"] + event["dur"])
+        for event in trace["traceEvents"]
+        if event.get("cat") in ON_GPU
+    ]
+    return sorted(spans, key=lambda span: span.begin)
+
+
+def gaps_of(spans: Iterable[Span]) -> list[float]:
+    """Microseconds of each pause, in order; spans that overlap leave none."""
+    gaps, busy_until = [], None
+    for span in spans:
+        if busy_until is not None and span.begin > busy_until:
+            gaps.append(span.begin - busy_until)
+        busy_until = max(span.end, busy_until or 0.0)
+    return gaps
+
+
+def totals_of(spans: Iterable[Span]) -> list[dict[str, Any]]:
+    """Calls and microseconds of each kernel by name, most time first."""
+    calls: dict[str, list[float]] = defaultdict(list)
+    for span in spans:
+        calls[short(span.name)].append(span.end - span.begin)
+    totals = [
+        {"kernel": name, "calls": len(times), "us": round(sum(times), 1)}
+        for name, times in calls.items()
+    ]
+    return sorted(totals, key=lambda row: -row["us"])
+
+
+def short(name: str) -> str:
+    """A kernel's name without its return type, parameters and template arguments."""
+    name = re.sub(r"^void ", "", name)
+    return re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0][:60]
+
+
+def record(engine: Engine, batch: int, trace: Path) -> None:
+    """Leave a trace of the steps in a file."""
+    rng = random.Random(batch)
+    prompts = [[rng.randint(0, VOCABULARY) for _ in range(CONTEXT)] for _ in range(batch)]
+    params = SamplingParams(max_tokens=1024, temperature=0.0, seed=0, ignore_eos=True)
+    keys = [(b"", number) for number in range(batch)]
+    for key, prompt in zip(keys, prompts, strict=True):
+        engine.add(key, prompt, params)
+    tokens = dict.fromkeys(keys, 0)
+    while min(tokens.values()) < WARM_UP:
+        for key, output in engine.step():
+            tokens[key] += len(output.tokens)
+    with profile(activities=[ProfilerActivity.CUDA]) as recording:
+        for _ in range(STEPS):
+            engine.step()
+    recording.export_chrome_trace(str(trace))
+    for key in keys:
+        engine.abort(key)
+    engine.step()
+    engine.pool.forget()
+
+
+def measure(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
+    """batch, context, step_us, longest_gap_us, idle_us of a step, kernels of all the steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record(engine, batch, path)
+        text = path.read_bytes()
+    if keep is not None:
+        keep.write_bytes(gzip.compress(text))
+    spans = spans_of(json.loads(text))
+    gaps = gaps_of(spans)
+    return {
+        "batch": batch,
+        "context": CONTEXT,
+        "step_us": round((max(span.end for span in spans) - spans[0].begin) / STEPS, 1),
+        "longest_gap_us": round(max(gaps), 1),
+        "idle_us": round(sum(gaps) / STEPS, 1),
+        "kernels": totals_of(spans),
+    }
+
+
+def main(
+    models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
+    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+) -> None:
+    """Record each model and print where its time goes."""
+    batches = batch or [1, 8, 64, 256]
+    console = Console(width=120)
+    rows: list[dict[str, Any]] = []
+    for model in models or PEERS:
+        with tempfile.TemporaryDirectory() as name:
+            engine, _ = engine_of(model, kernels, Path(name))
+            for each in batches:
+                keep = out and out.with_name(f"{out.stem}-{model}-{each}.json.gz")
+                rows.append({"model": model, **measure(engine, each, keep)})
+        del engine
+        gc.collect()
+        torch.cuda.empty_cache()
+    for row in rows:
+        title = (
+            "{model}, batch {batch}: step {step_us} us, idle {idle_us}, longest {longest_gap_us}"
+        )
+        table = Table("kernel", "calls a step", "us a step", title=title.format(**row))
+        for total in row["kernels"]:
+            calls, us = total["calls"] / STEPS, total["us"] / STEPS
+            table.add_row(total["kernel"], f"{calls:.1f}", f"{us:.1f}")
+        console.print(table)
+    if out is not None:
+        write_results(out, rows, "python -m bench.timeline --kernels KERNELS --out FILE")
+
+
+if __name__ == "__main__":
+    typer.run(main)
