@@ -3,7 +3,8 @@
     python -m bench.timeline [MODEL ...] [--batch 64 ...] [--kernels FOLDER] [--out FILE]
 
 Greedy, each sequence with 1,024 tokens of context; recorded by torch's profiler once all decode.
-With ``--out``, each trace lies beside the file as FILE-MODEL-BATCH.json.gz, for Perfetto to open. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
+With ``--out``, each trace lies beside the file as FILE-MODEL-BATCH.json.gz, for Perfetto to open.
+Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
 
 import gc
