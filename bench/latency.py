@@ -7,7 +7,6 @@ tokens between. 512 new tokens at batch 1, 256 at others; nothing of a prompt is
 before. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
 
-import gc
 import random
 import tempfile
 import time
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.limits import Limits
-from bench.offline import engine_of
+from bench.offline import engine_of, release
 from bench.results import write_results
 from bench.shapes import PEERS
 from fi_runtime.engine.core import Engine
@@ -59,6 +58,13 @@ def point(engine: Engine, limits: Limits, batch: int, context: int) -> dict[str,
     }
 
 
+def measure(model: str, kernels: Path | None) -> list[dict[str, Any]]:
+    """A row for each point."""
+    with tempfile.TemporaryDirectory() as name:
+        engine, limits = engine_of(model, kernels, Path(name))
+        return [{"model": model, **point(engine, limits, *each)} for each in POINTS]
+
+
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
     kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
@@ -67,11 +73,8 @@ def main(
     """Measure each model and print a table."""
     rows: list[dict[str, Any]] = []
     for model in models or PEERS:
-        with tempfile.TemporaryDirectory() as name:
-            engine, limits = engine_of(model, kernels, Path(name))
-            rows += [{"model": model, **point(engine, limits, *each)} for each in POINTS]
-        del engine
-        gc.collect()
+        rows += measure(model, kernels)
+        release()
         if out is not None:  # what there is, should a later model fail
             write_results(out, rows, "python -m bench.latency --kernels KERNELS --out FILE")
     table = Table("model", "batch x context", "ms a token", "limit", "share")

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import re
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import AsyncIterator
@@ -44,6 +45,8 @@ from fi_runtime.messages import SamplingParams
 from tools.serve import TritonServer
 
 PROMPT_TOKENS = 32
+START_S = 120.0
+"""after which a process that does not begin is given up"""
 METRICS_S = 2.5
 """after which Triton has what the front ends told it"""
 
@@ -129,7 +132,39 @@ def _inputs(prompt: list[int], tokens: int) -> list[Any]:
     return inputs
 
 
-async def _stream(url: str, load: Load, number: int) -> list[Response]:
+processes: threading.Barrier | None = None
+"""of this process and those beside it, that drive a server together"""
+
+
+def _join(barrier: threading.Barrier) -> None:
+    global processes
+    processes = barrier
+
+
+class _Start:
+    """Lets the streams of all processes begin together, once each has had its warm-up.
+
+    Args:
+        streams: of this process.
+    """
+
+    def __init__(self, streams: int) -> None:
+        self._warm = asyncio.Barrier(streams + 1)
+        self._begin = asyncio.Event()
+
+    async def wait(self) -> None:
+        await self._warm.wait()
+        await self._begin.wait()
+
+    async def give(self) -> None:
+        """When the streams of every process are waiting."""
+        await self._warm.wait()
+        if processes is not None:
+            await asyncio.to_thread(processes.wait, START_S)
+        self._begin.set()
+
+
+async def _stream(url: str, load: Load, number: int, start: _Start) -> list[Response]:
     """One client: streams its answers one after another, the warm-up's left out."""
     inputs = _inputs(load.prompt(number), load.tokens)
     sent: list[float] = []
@@ -137,7 +172,9 @@ async def _stream(url: str, load: Load, number: int) -> list[Response]:
     responses = []
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
-        for _ in range(load.rounds + 1):
+        for count in range(load.rounds + 1):
+            if count == 1:
+                await start.wait()
             answered.clear()
             sent.append(time.perf_counter())
             yield {"model_name": "llm", "inputs": inputs}
@@ -158,7 +195,10 @@ def _clients(url: str, load: Load, numbers: list[int]) -> list[list[Response]]:
     """Some of the streams, in a process of their own; the responses of each."""
 
     async def together() -> list[list[Response]]:
-        return await asyncio.gather(*(_stream(url, load, number) for number in numbers))
+        start = _Start(len(numbers))
+        streams = (_stream(url, load, number, start) for number in numbers)
+        answers, _ = await asyncio.gather(asyncio.gather(*streams), start.give())
+        return answers
 
     return asyncio.run(together())
 
@@ -167,11 +207,11 @@ def serve(server: TritonServer, load: Load) -> dict[str, float]:
     """Drive a server with all streams at once; times are in milliseconds."""
     url, before = server.grpc_url, _between_tokens(server)
     # One process of Python reads a few thousand responses a second.
-    processes = min(load.streams, max(1, len(os.sched_getaffinity(0)) // 2))
+    count = min(load.streams, max(1, len(os.sched_getaffinity(0)) // 2))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        numbers = [list(range(first, load.streams, processes)) for first in range(processes)]
-        parts = list(pool.map(_clients, [url] * processes, [load] * processes, numbers))
+    with ProcessPoolExecutor(count, context, _join, (context.Barrier(count),)) as pool:
+        numbers = [list(range(first, load.streams, count)) for first in range(count)]
+        parts = list(pool.map(_clients, [url] * count, [load] * count, numbers))
     streams = list(itertools.chain.from_iterable(parts))
     everything = list(itertools.chain.from_iterable(streams))
     answers = [list(a) for s in streams for _, a in itertools.groupby(s, lambda r: r.sent)]

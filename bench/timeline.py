@@ -7,7 +7,6 @@ With ``--out``, each trace lies beside the file as FILE-MODEL-BATCH.json.gz, for
 Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
 
-import gc
 import gzip
 import json
 import random
@@ -19,19 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from bench.offline import VOCABULARY, engine_of
+from bench.offline import VOCABULARY, engine_of, release
 from bench.results import write_results
 from bench.shapes import PEERS
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
 
 STEPS = 20
+BATCHES = [1, 8, 64, 256]
 CONTEXT = 1024
 """tokens of each prompt"""
 WARM_UP = 8
@@ -109,7 +108,7 @@ def record(engine: Engine, batch: int, trace: Path) -> None:
     engine.pool.forget()
 
 
-def measure(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
+def point(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
     """batch, context, step_us, longest_gap_us, idle_us of a step, kernels of all the steps."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -129,6 +128,19 @@ def measure(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
     }
 
 
+def measure(
+    model: str, batches: list[int], kernels: Path | None, out: Path | None
+) -> list[dict[str, Any]]:
+    """A row for each batch."""
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        engine, _ = engine_of(model, kernels, Path(name))
+        for batch in batches:
+            keep = out and out.with_name(f"{out.stem}-{model}-{batch}.json.gz")
+            rows.append({"model": model, **point(engine, batch, keep)})
+    return rows
+
+
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
@@ -136,18 +148,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Record each model and print where its time goes."""
-    batches = batch or [1, 8, 64, 256]
     console = Console(width=120)
     rows: list[dict[str, Any]] = []
     for model in models or PEERS:
-        with tempfile.TemporaryDirectory() as name:
-            engine, _ = engine_of(model, kernels, Path(name))
-            for each in batches:
-                keep = out and out.with_name(f"{out.stem}-{model}-{each}.json.gz")
-                rows.append({"model": model, **measure(engine, each, keep)})
-        del engine
-        gc.collect()
-        torch.cuda.empty_cache()
+        rows += measure(model, batch or BATCHES, kernels, out)
+        release()
     for row in rows:
         title = (
             "{model}, batch {batch}: step {step_us} us, idle {idle_us}, longest {longest_gap_us}"

@@ -13,9 +13,11 @@ from fi_runtime.attention.base import Attention, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, PieceAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
+from fi_runtime.kernels.heads import Heads
 from tests.layouts import make_layout
 
 HEAD_DIM = 64
+COS_SIN = torch.randn(2000, HEAD_DIM)
 CPU = torch.device("cpu")
 
 
@@ -95,25 +97,6 @@ class Graph(Wrapper):
         super().plan(*self.buffers, *shape, **options)
 
 
-def append(
-    k: Any,
-    v: Any,
-    rows: Any,
-    positions: Any,
-    cache: Any,
-    pages: Any,
-    starts: Any,
-    last: Any,
-    _: str,
-) -> None:
-    size = cache[0].shape[1]
-    assert len(rows) == len(positions) == len(k)
-    for token, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
-        page = pages[starts[row] + position // size]
-        cache[0][page, position % size] = k[token]
-        cache[1][page, position % size] = v[token]
-
-
 @pytest.fixture(autouse=True)
 def library(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = SimpleNamespace(
@@ -121,7 +104,6 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
         BatchDecodeWithPagedKVCacheWrapper=Wrapper,
         BatchPrefillWithPagedKVCacheWrapper=Prefill,
         CUDAGraphBatchDecodeWithPagedKVCacheWrapper=Graph,
-        page=SimpleNamespace(append_paged_kv_cache=append),
     )
     monkeypatch.setattr(module, "flashinfer", lambda: stand_in)
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
@@ -151,13 +133,13 @@ def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
 
 def compare(pair: SimpleNamespace, attention: Attention, layout: StepLayout, padding: int) -> None:
     tokens = int(layout.query_starts[-1])
-    counts = (pair.heads, pair.shape.kv_heads, pair.shape.kv_heads)
-    q, k, v = (torch.randn(tokens + padding, count, HEAD_DIM) for count in counts)
+    heads = Heads(pair.heads, pair.shape.kv_heads, HEAD_DIM, COS_SIN)
+    qkv = torch.randn(tokens + padding, (heads.heads + 2 * heads.kv_heads) * HEAD_DIM)
     attention.plan(layout)
     pair.reference.plan(layout)
     for layer in range(pair.shape.layers):
-        found = attention(layer, q, k, v)[:tokens]
-        expected = pair.reference(layer, q[:tokens], k[:tokens], v[:tokens])
+        found = attention(layer, qkv, heads)[:tokens]
+        expected = pair.reference(layer, qkv[:tokens], heads)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     # All pages but the spare one, which padding writes to.
     assert torch.equal(*(cache.data[:, :, 1:] for cache in pair.caches))
@@ -179,8 +161,6 @@ def test_padding_touches_no_page_of_a_sequence(pair: SimpleNamespace, size: int)
         ones = [1] * len(contexts)
         layout = make_layout(ones, contexts, pair.shape.page_size, rng, pair.shape.pages)
         compare(pair, graph, layout, size - len(contexts))
-        assert graph.positions[: len(contexts)].tolist() == [c - 1 for c in contexts]
-        assert not graph.positions[len(contexts) :].any()
 
 
 class Replayed:
@@ -193,12 +173,9 @@ class Replayed:
         self._pieces.plan(layout)
         self._count = int(layout.query_starts[-1])
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        assert len(q) == self._size
-        self._pieces.append(layer, k, v)
-        self._pieces.q[: len(q)].copy_(q)
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        assert len(qkv) == self._size
+        self._pieces.place(layer, qkv, heads)
         self._pieces.attend(layer, self._count)
         return self._pieces.out
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from fi_runtime.engine.sampler import choose, logprobs, uniforms
+from fi_runtime.engine.sampler import keys, logprobs
+from fi_runtime.kernels.sampling import log_times
 from fi_runtime.messages import SamplingParams
-from tests.draws import draws_for
+from tests.draws import assert_follows, distribution, drawn, draws_for
 
 VOCAB = 12
 DRAWS = 20_000
@@ -22,35 +23,7 @@ def params(seed: int = 5, **values: float) -> SamplingParams:
 
 
 def sample(logits: torch.Tensor, rows: list[SamplingParams], indices: Sequence[int]) -> list[int]:
-    return choose(logits, draws_for(rows, indices)).tolist()
-
-
-def exact(
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
-) -> np.ndarray:
-    """The distribution by its definition, written with sets and loops."""
-    weights = np.exp(LOGITS.double().numpy() / temperature)
-    weights /= weights.sum()
-    order = sorted(range(VOCAB), key=lambda token: -weights[token])
-    order = [token for token in order if weights[token] >= min_p * weights.max()]
-    kept = order[: top_k or VOCAB]
-    total = sum(weights[token] for token in kept)
-    nucleus, mass = [], 0.0
-    for token in kept:
-        if mass >= top_p * total:
-            break
-        nucleus.append(token)
-        mass += weights[token]
-    result = np.zeros(VOCAB)
-    result[nucleus] = weights[nucleus] / mass
-    return result
-
-
-def test_the_draws_of_a_step_are_contiguous() -> None:
-    """Kernels read a row of it with no regard to strides."""
-    rows = [params(seed=i, top_p=0.5) for i in range(4)]
-    draws = draws_for(rows, range(4))
-    assert draws.float().is_contiguous()
+    return drawn(logits, draws_for(rows, indices)).tolist()
 
 
 @pytest.mark.parametrize(
@@ -73,14 +46,7 @@ def test_the_draws_of_a_step_are_contiguous() -> None:
 )
 def test_frequencies_follow_the_exact_distribution(knobs: dict[str, float]) -> None:
     tokens = sample(LOGITS.repeat(DRAWS, 1), [params(**knobs)] * DRAWS, range(DRAWS))
-    counts = np.bincount(tokens, minlength=VOCAB)
-    expected = exact(**knobs) * DRAWS  # type: ignore[arg-type]
-    possible = expected > 0
-    assert counts[~possible].sum() == 0
-    chi_squared = (((counts - expected) ** 2)[possible] / expected[possible]).sum()
-    degrees = possible.sum() - 1
-    # mean + 5 standard deviations of the chi-squared distribution; the seed is fixed
-    assert chi_squared <= degrees + 5 * np.sqrt(2 * degrees)
+    assert_follows(np.bincount(tokens, minlength=VOCAB), distribution(LOGITS, **knobs))  # type: ignore[arg-type]
 
 
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
@@ -108,18 +74,21 @@ def test_zero_and_tiny_temperature_choose_the_likeliest() -> None:
         ]
 
 
-def test_uniforms_are_uniform_and_differ_by_seed_and_index() -> None:
-    seeds = np.repeat(np.arange(100, dtype=np.uint64), 100)
-    indices = np.tile(np.arange(100, dtype=np.uint64), 100)
-    numbers = uniforms(seeds, indices)
-    assert len(set(numbers)) == len(numbers)
-    assert numbers.min() >= 0
-    assert numbers.max() < 1
-    counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
-    assert ((counts - 500) ** 2 / 500).sum() < 19 + 5 * np.sqrt(38)
-    grid = numbers.reshape(100, 100)
-    assert abs(np.corrcoef(grid[:-1].ravel(), grid[1:].ravel())[0, 1]) < 0.05
-    assert abs(np.corrcoef(grid[:, :-1].ravel(), grid[:, 1:].ravel())[0, 1]) < 0.05
+def test_times_are_exponential_and_differ_by_seed_index_and_token() -> None:
+    seeds = np.repeat(np.arange(20, dtype=np.uint64), 20)
+    indices = np.tile(np.arange(20, dtype=np.uint64), 20)
+    own = keys(seeds, indices)
+    assert len(set(own)) == len(own)
+    times = log_times(torch.from_numpy(own.view(np.int64)), 500).exp().numpy()
+    assert (times > 0).all()
+    shares = 1 - np.exp(-times)  # uniform
+    assert_follows(np.histogram(shares, bins=50, range=(0, 1))[0], np.full(50, 1 / 50))
+    smallest = shares.min(axis=1) * 500  # nearly exponential, since many race
+    assert abs(smallest.mean() - 1) < 0.2
+    cube = shares.reshape(20, 20, 500)
+    for axis in range(3):
+        first, second = np.delete(cube, -1, axis), np.delete(cube, 0, axis)
+        assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.012
 
 
 def test_logprobs_report_the_chosen_token_its_rank_and_the_likeliest() -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from fi_runtime.cache.pages import SPARE_PAGE
+from fi_runtime.kernels.heads import Heads
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -48,16 +49,13 @@ class Attention(Protocol):
     def plan(self, layout: StepLayout) -> None:
         """Prepare for the calls of one step, one a layer. Must precede each step's first call."""
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         """Causal attention of a step's tokens, softmax scale 1 / sqrt(head_dim).
 
         Args:
             layer: index of the layer, which has a cache of its own.
-            q: (tokens, heads, head_dim).
-            k: (tokens, kv_heads, head_dim).
-            v: (tokens, kv_heads, head_dim).
+            qkv: (tokens, (heads + 2 * kv_heads) * head_dim).
+            heads: what ``qkv`` holds, and what comes before attention.
 
         Returns:
             (tokens, heads, head_dim).

@@ -18,6 +18,7 @@ from fi_runtime.attention.workspace import Workspace, partial_bytes, plan_bytes
 from fi_runtime.cache.kv_cache import KVCache
 from fi_runtime.cache.pages import SPARE_PAGE
 from fi_runtime.config import Backend, ConfigError
+from fi_runtime.kernels.heads import Heads, Places, place
 from fi_runtime.kernels.library import flashinfer
 from fi_runtime.upload import upload
 
@@ -73,7 +74,6 @@ class FlashInferAttention:
         check_head_dim(shape.head_dim)
         self.runs: dict[str, str] = {}
         """what each kind of wrapper really runs: fa2, fa3, or cuda-core"""
-        self._append = _Append(cache)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         workspace = Workspace(
             partial_bytes(heads, shape.kv_heads, shape.head_dim, limits.sequences, processors),
@@ -102,7 +102,11 @@ class FlashInferAttention:
         self._check(limits)
 
     def plan(self, layout: StepLayout) -> None:
-        self.plan_on(layout, self._append.locate(layout))
+        parts = (*layout.places, layout.page_starts, layout.pages)
+        # One copy for all.
+        there = upload(np.concatenate(parts), self._common.cache.data.device)
+        self._places = Places(*torch.split(there, [len(part) for part in parts]))
+        self.plan_on(layout, self._places.pages)
 
     def plan_on(self, layout: StepLayout, pages: torch.Tensor) -> None:
         """Plan ``attend`` alone; ``pages``: the layout's, on the device."""
@@ -110,11 +114,8 @@ class FlashInferAttention:
         self._planned = self._decode if decoding else self._prefill
         self._planned.plan(layout, pages)
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        self._append(layer, k, v)
-        return self.attend(layer, q)
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        return self.attend(layer, place(qkv, heads, self._places, self._common.cache.layer(layer)))
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Attention to what is in the cache, written to ``out`` if it is given."""
@@ -181,34 +182,25 @@ class GraphDecodeAttention:
         # Its constructor takes no backend; what it would choose itself is what this is about.
         wrapper._backend = common.backend
         self._wrapper = _Wrapper(common, wrapper)
-        self._append = _Append(common.cache)
-        self._append.rows = torch.arange(sequences, dtype=torch.int32, device=pages.device)
-        self._append.positions = torch.zeros(sequences, dtype=torch.int32, device=pages.device)
-        # The wrapper's plan fills these.
-        self._append.page_starts, self._append.pages, self._append.last = starts, pages, last
+        self._common = common
+        positions = torch.zeros(sequences, dtype=torch.int32, device=pages.device)
+        # The wrapper's plan fills the other two.
+        self._places = Places(None, positions, starts, pages)
         layout = spare_layout([1], common.cache.shape.page_size)
         self.plan(layout)
         self.runs = self._wrapper.check_backend("graph decode")
         padded = _pad(layout, sequences)
         self._wrapper.check_workspace(f"graph decode of {sequences} sequences", padded)
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """(sequences,) int32: each one's, as last planned; 0 for padding. Never moves."""
-        return self._append.positions
-
     def plan(self, layout: StepLayout) -> None:
         """Also before each replay: a replay with a stale plan reads the wrong keys."""
-        padded = _pad(layout, self._sequences)
-        device = self._append.positions.device
-        both = upload(np.concatenate((padded.context_lens - 1, padded.pages)), device)
-        self._append.positions.copy_(both[: self._sequences])
+        padded, positions = _pad(layout, self._sequences), self._places.positions
+        both = upload(np.concatenate((padded.context_lens - 1, padded.pages)), positions.device)
+        positions.copy_(both[: self._sequences])
         self._wrapper.plan(padded, both[self._sequences :])
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        self._append(layer, k, v)
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        q = place(qkv, heads, self._places, self._common.cache.layer(layer))
         return self._wrapper.run(layer, q)
 
 
@@ -230,47 +222,39 @@ class PieceAttention:
         self._attention = attention
         shape, cache = common.cache.shape, common.cache.data
         # The spare page is the page of a sequence of its own, before all others.
-        parts = (tokens, tokens, sequences + 2, sequences + 1, shape.pages + sequences)
+        parts = (tokens, tokens, sequences + 2, shape.pages + sequences)
         self._buffer = torch.zeros(sum(parts), dtype=torch.int32, device=cache.device)
-        self._append = _Append(common.cache)
-        self._rows, self.positions, self._append.page_starts, self._append.last, pages = (
-            torch.split(self._buffer, list(parts))
-        )
-        self._append.pages, self._pages = pages, pages[1:]
-        self._page_size = shape.page_size
+        self._places = Places(*torch.split(self._buffer, list(parts)))
         self._parts = parts
-        self.q = torch.zeros(
+        self._cache = common.cache
+        self._q = torch.zeros(
             (tokens, common.heads, shape.head_dim), dtype=cache.dtype, device=cache.device
         )
-        """(tokens, heads, head_dim): what a graph leaves for ``attend``"""
-        self.out = torch.zeros_like(self.q)
-        """(tokens, heads, head_dim): what ``attend`` leaves for the next one"""
+        self.out = torch.zeros_like(self._q)
+        """(tokens, heads, head_dim): what ``attend`` leaves for the next graph"""
 
     def plan(self, layout: StepLayout) -> None:
         """Fill the buffers, and plan the attention of the step."""
         rows, positions = layout.places
-        last = _last_page_lens(layout, self._page_size)
-        count, sequences = len(positions), len(last)
+        count = len(positions)
         head = np.zeros(sum(self._parts[:-1]) + 1 + len(layout.pages), dtype=np.int32)
-        own_rows, own_positions, page_starts, own_last, pages = np.split(
-            head, np.cumsum(self._parts[:-1])
-        )
+        own_rows, own_positions, page_starts, pages = np.split(head, np.cumsum(self._parts[:-1]))
         own_rows[:count], own_positions[:count] = rows + 1, positions
-        page_starts[1 : sequences + 2] = layout.page_starts + 1
-        own_last[0], own_last[1 : sequences + 1] = 1, last
+        page_starts[1 : len(layout.page_starts) + 1] = layout.page_starts + 1
         pages[0], pages[1:] = SPARE_PAGE, layout.pages
         self._buffer[: len(head)].copy_(upload(head, self._buffer.device))
-        self._attention.plan_on(layout, self._pages[: len(layout.pages)])
+        self._attention.plan_on(layout, self._places.pages[1 : 1 + len(layout.pages)])
 
-    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write the keys and values of the first tokens, as many as there are."""
-        self._append.rows = self._rows[: len(k)]
-        self._append.positions = self.positions[: len(k)]
-        self._append(layer, k, v)
+    def place(self, layer: int, qkv: torch.Tensor, heads: Heads) -> None:
+        """Of as many tokens as there are; the queries are left for ``attend``."""
+        count, (rows, positions, page_starts, pages) = len(qkv), self._places
+        assert rows is not None
+        own = Places(rows[:count], positions[:count], page_starts, pages)
+        place(qkv, heads, own, self._cache.layer(layer), self._q[:count])
 
     def attend(self, layer: int, count: int) -> None:
-        """Attention of the step's tokens, from ``q`` to ``out``."""
-        self._attention.attend(layer, self.q[:count], self.out[:count])
+        """Attention of the step's tokens, from what ``place`` left to ``out``."""
+        self._attention.attend(layer, self._q[:count], self.out[:count])
 
 
 @dataclass(frozen=True)
@@ -351,40 +335,6 @@ class _Wrapper:
             # It would look for it token by token.
             options["max_token_per_sequence"] = int(np.diff(layout.query_starts).max())
         return arguments, options
-
-
-class _Append:
-    """Writes a step's keys and values to the cache. All but the cache: int32, on the device."""
-
-    def __init__(self, cache: KVCache) -> None:
-        self._cache = cache
-        empty = torch.empty(0, dtype=torch.int32, device=cache.data.device)
-        self.rows = self.positions = self.page_starts = self.pages = self.last = empty
-
-    def locate(self, layout: StepLayout) -> torch.Tensor:
-        """Take the places of a step's tokens; the layout's pages, on the device."""
-        rows, positions = layout.places
-        last = _last_page_lens(layout, self._cache.shape.page_size)
-        parts = (rows, positions, layout.page_starts, last, layout.pages)
-        # One copy for all.
-        there = upload(np.concatenate(parts), self._cache.data.device)
-        self.rows, self.positions, self.page_starts, self.last, self.pages = torch.split(
-            there, [len(part) for part in parts]
-        )
-        return self.pages
-
-    def __call__(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        flashinfer().page.append_paged_kv_cache(
-            k,
-            v,
-            self.rows,
-            self.positions,
-            self._cache.layer(layer),
-            self.pages,
-            self.page_starts,
-            self.last,
-            "NHD",
-        )
 
 
 def _last_page_lens(layout: StepLayout, page_size: int) -> Int32s:

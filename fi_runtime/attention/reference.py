@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fi_runtime.attention.base import StepLayout
 from fi_runtime.cache.kv_cache import KVCache
+from fi_runtime.kernels.heads import Heads, turned
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class ReferenceAttention:
         self._device = cache.data.device
         self._groups: list[_Group] = []
         self._write_slots = torch.empty(0, dtype=torch.int64, device=self._device)
+        self._positions = torch.empty(0, dtype=torch.int32, device=self._device)
 
     def plan(self, layout: StepLayout) -> None:
         alike: dict[tuple[int, int], list[int]] = {}
@@ -42,13 +44,13 @@ class ReferenceAttention:
             alike.setdefault((count, context.bit_length()), []).append(sequence)
         self._groups = [self._group(layout, key[0], members) for key, members in alike.items()]
         rows, positions = layout.places
+        self._positions = self._to_device(positions)
         page_size = self._cache.shape.page_size
         pages = layout.pages[layout.page_starts[rows] + positions // page_size].astype(np.int64)
         self._write_slots = self._to_device(pages * page_size + positions % page_size)
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        q, k, v = turned(qkv, heads, self._positions)
         keys, values = (side.flatten(0, 1) for side in self._cache.layer(layer))
         keys[self._write_slots] = k
         values[self._write_slots] = v

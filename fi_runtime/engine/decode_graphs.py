@@ -3,6 +3,7 @@
 import bisect
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,7 @@ import torch
 from fi_runtime.attention.base import Int64s, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAttention
 from fi_runtime.engine.capture import capture_each
-from fi_runtime.engine.sampler import filters
-from fi_runtime.kernels.sampling import Draws, choose
+from fi_runtime.kernels.sampling import Draws, Slots, choose, scratch_for
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
 
@@ -20,36 +20,31 @@ from fi_runtime.upload import upload
 class _Graph:
     """A decode step of so many sequences, captured from tokens to chosen tokens.
 
-    In several graphs: the forward pass, with the likeliest tokens; and drawing with filters or
-    without, for steps that draw.
+    In two graphs: the forward pass, with tokens drawn from all of the vocabulary; and drawing with
+    filters, for steps that have any.
     """
 
     def __init__(
         self,
         model: Decoder,
         attention: GraphDecodeAttention,
-        logits: torch.Tensor,
-        last_tokens: torch.Tensor,
-        pool: Any,
+        shared: "_Shared",
+        sequences: int,
     ) -> None:
-        sequences, device = len(logits), logits.device
         self._model = model
         self._attention = attention
-        self._logits = logits
-        self._last_tokens = last_tokens
-        self._pool = pool
-        # Tokens, and the slots that those chosen after them go to: padding's to the spare one.
-        self._inputs = torch.zeros((2, sequences), dtype=torch.int64, device=device)
-        self._inputs[1] = len(last_tokens) - 1
-        # The rows of Draws. What padding is drawn with does not matter.
-        self._draws = torch.zeros((len(Draws._fields), sequences), device=device)
-        self._forward, self._likeliest = self._capture(self._compute)
-        self._forward.replay()  # logits to try the drawing with
-        # By whether any sequence has a filter.
-        self._draw = {
-            filtered: self._capture(functools.partial(self._choose, filtered))
-            for filtered in (True, False)
-        }
+        self._shared = shared
+        # What is uploaded for a step, all of 8 bytes: tokens, the slots that those chosen after
+        # them go to, and the table of Draws. Padding's tokens go to the spare slot.
+        device = shared.logits.device
+        self._inputs = torch.zeros((7, sequences), dtype=torch.int64, device=device)
+        self._inputs[1] = self._spare = len(shared.last_tokens) - 1
+        self._slots = Slots(shared.last_tokens, self._inputs[1])
+        self._draws = Draws.of(self._inputs[2:].view(torch.float64))
+        self._logits = shared.logits[:sequences]
+        self._forward, self._drawn = self._capture(self._compute)
+        self._forward.replay()  # logits to try the filters with
+        self._filter, self._filtered = self._capture(functools.partial(self._choose, True))
 
     def _capture(
         self, compute: Callable[[], torch.Tensor]
@@ -58,40 +53,47 @@ class _Graph:
         compute()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._shared.pool):
             result = compute()
         return graph, result
 
     def _compute(self) -> torch.Tensor:
-        tokens = known_tokens(self._inputs[0], self._last_tokens)
-        hidden = self._model(tokens, self._attention.positions, self._attention)
-        self._logits.copy_(self._model.head(hidden))
-        return self._keep(self._logits.argmax(dim=-1))
+        hidden = self._model(self._inputs[0], self._shared.last_tokens, self._attention)
+        self._model.logits(hidden, self._logits)
+        return self._choose(False)
 
     def _choose(self, filtered: bool) -> torch.Tensor:
-        return self._keep(choose(self._logits, Draws(*self._draws), filtered))
+        return choose(self._logits, self._draws, self._slots, filtered, self._shared.scratch)
 
-    def _keep(self, chosen: torch.Tensor) -> torch.Tensor:
-        self._last_tokens[self._inputs[1]] = chosen
-        return chosen
-
-    def forward(self, layout: StepLayout, tokens: Int64s, slots: Int64s) -> torch.Tensor:
-        count, size = len(tokens), self._inputs.shape[1]
-        inputs = np.zeros((2, size), dtype=np.int64)
+    def forward(
+        self, layout: StepLayout, tokens: Int64s, slots: Int64s, draws: torch.Tensor
+    ) -> torch.Tensor:
+        count = len(tokens)
+        inputs = np.zeros(self._inputs.shape, dtype=np.int64)
         inputs[0, :count], inputs[1, :count] = tokens, slots
-        inputs[1, count:] = len(self._last_tokens) - 1
+        inputs[1, count:] = self._spare
+        inputs[2:, :count] = draws.numpy().view(np.int64)
         self._inputs.copy_(upload(inputs, self._inputs.device))
         self._attention.plan(layout)
         self._forward.replay()
         return self._logits[:count]
 
-    def choose(self, draws: torch.Tensor | None) -> torch.Tensor:
-        if draws is None:
-            return self._likeliest
-        self._draws[:, : draws.shape[1]].copy_(upload(draws.float(), self._draws.device))
-        graph, drawn = self._draw[filters(draws)]
-        graph.replay()
-        return drawn
+    def choose(self, filtered: bool) -> torch.Tensor:
+        if not filtered:
+            return self._drawn
+        self._filter.replay()
+        return self._filtered
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """What the graphs of all sizes have in common, since one step runs at a time."""
+
+    logits: torch.Tensor
+    """(the most sequences, vocab): the largest tensor of a step by far"""
+    last_tokens: torch.Tensor
+    scratch: torch.Tensor
+    pool: Any
 
 
 class DecodeGraphs:
@@ -111,12 +113,16 @@ class DecodeGraphs:
         last_tokens: torch.Tensor,
     ) -> None:
         self._sizes = sizes
-        pool = torch.cuda.graph_pool_handle()
-        # Of all of them, since they are the largest by far and one step runs at a time.
-        logits = torch.empty((sizes[-1], len(model.head.weight)), device=model.embedding.device)
+        table, vocab = model.embedding, len(model.head.weight)
+        shared = _Shared(
+            logits=torch.empty((sizes[-1], vocab), dtype=table.dtype, device=table.device),
+            last_tokens=last_tokens,
+            scratch=scratch_for(sizes[-1], table.device),
+            pool=torch.cuda.graph_pool_handle(),
+        )
 
         def capture(size: int) -> _Graph:
-            return _Graph(model, attention.for_graph(size), logits[:size], last_tokens, pool)
+            return _Graph(model, attention.for_graph(size), shared, size)
 
         self._graphs, self.nbytes = capture_each(sizes, "decode graphs by sequences", capture)
         self._last = self._graphs[sizes[-1]]
@@ -125,38 +131,31 @@ class DecodeGraphs:
     def fits(self, sequences: int) -> bool:
         return sequences <= self._sizes[-1]
 
-    def forward(self, layout: StepLayout, tokens: Int64s, slots: Int64s) -> torch.Tensor:
+    def forward(
+        self, layout: StepLayout, tokens: Int64s, slots: Int64s, draws: torch.Tensor
+    ) -> torch.Tensor:
         """The logits after one token of each sequence: (sequences, vocab), until the next step.
 
-        The likeliest tokens are kept in the slots.
+        Tokens that are drawn from them without any filter are kept in the slots.
 
         Args:
             layout: of the step.
-            tokens: (sequences,), as ``known_tokens`` takes them.
+            tokens: (sequences,), as ``embed`` takes them.
             slots: (sequences,).
+            draws: (5, sequences), the table of ``Draws.of``.
         """
         size = self._sizes[bisect.bisect_left(self._sizes, len(tokens))]
         self._last = self._graphs[size]
-        return self._last.forward(layout, tokens, slots)
+        return self._last.forward(layout, tokens, slots, draws)
 
-    def choose(self, draws: torch.Tensor | None, sequences: int) -> torch.Tensor:
+    def choose(self, filtered: bool, sequences: int) -> torch.Tensor:
         """Tokens from the last step's logits: (sequences,), until the next step. Kept likewise.
 
         Args:
-            draws: (5, sequences), the rows of ``Draws``; None where all are greedy.
+            filtered: whether any sequence has a top_k, top_p or min_p.
             sequences: of that step.
         """
-        return self._last.choose(draws)[:sequences]
-
-
-def known_tokens(tokens: torch.Tensor, last_tokens: torch.Tensor) -> torch.Tensor:
-    """Put in tokens that the host did not know: -1 - slot stands for the one chosen last there.
-
-    Args:
-        tokens: (tokens,), int64.
-        last_tokens: (slots,), int64.
-    """
-    return torch.where(tokens < 0, last_tokens[(-1 - tokens).clamp(min=0)], tokens)
+        return self._last.choose(filtered)[:sequences]
 
 
 def padded_sizes(max_sequences: int) -> list[int]:

@@ -11,7 +11,7 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend
 from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.piece_graphs import PieceGraphs
-from fi_runtime.kernels.sampling import Draws, choose
+from fi_runtime.kernels.sampling import Draws, Slots, choose, scratch_for
 from fi_runtime.models import Decoder
 
 log = logging.getLogger(__name__)
@@ -82,12 +82,14 @@ def _run_largest_step(
     layout = spare_layout([each] * (limits.tokens // each), page_size)
     count = int(layout.query_starts[-1])
     tokens = torch.zeros(count, dtype=torch.int64, device=device)
-    positions = torch.zeros(count, dtype=torch.int32, device=device)
+    last_tokens = torch.zeros(limits.sequences + 1, dtype=torch.int64, device=device)
     attention.plan(layout)
-    hidden = model(tokens, positions, attention)
+    hidden = model(tokens, last_tokens, attention)
     logits = model.logits(hidden[: limits.sequences])
-    one = torch.ones(len(logits), device=device)
-    choose(logits, Draws(temperature=one, top_k=one, top_p=one / 2, min_p=one / 2, uniform=one / 2))
+    rows = len(logits)
+    half = torch.full((5, rows), 0.5, dtype=torch.float64, device=device)
+    slots = Slots(last_tokens, torch.arange(rows, device=device))
+    choose(logits, Draws.of(half), slots, True, scratch_for(rows, device))
 
 
 def _in_use() -> int:

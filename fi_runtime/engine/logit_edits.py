@@ -23,11 +23,11 @@ def edited(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     penalty, on all tokens there are. Then frequency and presence penalties, on the output.
 
     Args:
-        logits: (rows, vocab), float32; stays as it is.
+        logits: (rows, vocab), floating point; stays as it is.
         sequences: of each row.
 
     Returns:
-        (rows, vocab); ``logits`` itself where nothing is asked for.
+        (rows, vocab), float32; ``logits`` itself where nothing is asked for.
     """
     # Most ask for nothing, and every step comes by here.
     asking = [(row, one) for row, one in enumerate(sequences) if one.looks_back]
@@ -40,7 +40,7 @@ def edited(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     if not any(edits):
         return logits
     biases, repetition, output = edits
-    result = logits.clone()
+    result = logits.to(torch.float32, copy=True)
     device = logits.device
     if biases:
         result.index_put_(*biases.on(device), accumulate=True)

@@ -8,7 +8,7 @@ import torch
 from fi_runtime.attention.base import Int64s, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import FlashInferAttention, PieceAttention
 from fi_runtime.engine.capture import capture_each
-from fi_runtime.engine.decode_graphs import known_tokens
+from fi_runtime.kernels.heads import Heads
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
 
@@ -44,17 +44,14 @@ class _Pieces:
             self._graphs[-1].capture_end()
         self._capturing = False
 
-    def __call__(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> torch.Tensor:
-        self._attention.append(layer, k, v)
-        self._attention.q[: len(q)].copy_(q)
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        self._attention.place(layer, qkv, heads)
         if self._capturing:
             self._graphs[-1].capture_end()
             self._begin()
         else:
-            self._attention.attend(layer, len(q))
-        return self._attention.out[: len(q)]
+            self._attention.attend(layer, len(qkv))
+        return self._attention.out[: len(qkv)]
 
     def plan(self, layout: StepLayout) -> None:
         raise NotImplementedError("a step is planned before its first graph is replayed")
@@ -69,8 +66,7 @@ class _Pieces:
         return self._hidden[:count]
 
     def _compute(self, model: Decoder, last_tokens: torch.Tensor) -> torch.Tensor:
-        tokens = known_tokens(self._tokens, last_tokens)
-        return model(tokens, self._attention.positions[: len(tokens)], self)
+        return model(self._tokens, last_tokens, self)
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -119,7 +115,7 @@ class PieceGraphs:
 
         Args:
             layout: of the step.
-            tokens: (tokens,), as ``known_tokens`` takes them.
+            tokens: (tokens,), as ``embed`` takes them.
         """
         count = len(tokens)
         self._attention.plan(layout)

@@ -7,13 +7,14 @@ import torch
 
 from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout, starts
 from fi_runtime.engine import sampler
-from fi_runtime.engine.decode_graphs import DecodeGraphs, known_tokens
+from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.download import Download
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
 from fi_runtime.engine.piece_graphs import PieceGraphs
 from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.engine.slots import Slots
+from fi_runtime.kernels import sampling
 from fi_runtime.messages import TokenLogprob
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload
@@ -83,7 +84,7 @@ class Runner:
         decoding = len(tokens) == len(chunks) == len(sequences)
         graphs = self._graphs if decoding else None
         if graphs is not None and graphs.fits(len(chunks)):
-            logits = graphs.forward(layout, tokens, slots)
+            logits = graphs.forward(layout, tokens, slots, draws)
         else:
             graphs = None
             hidden = self._forward(layout, tokens)
@@ -95,10 +96,10 @@ class Runner:
         if any(sequence.guide for sequence in sequences):
             wanted, dead_ends = guided(logits, wanted, [sequence.guide for sequence in sequences])
         if graphs is not None and wanted is logits:
-            chosen = graphs.choose(draws, len(sequences))
+            chosen = graphs.choose(sampler.filters(draws), len(sequences))
         else:
-            chosen = sampler.choose(wanted, draws)
-            self._last_tokens[upload(slots, self._device)] = chosen
+            there = sampling.Slots(self._last_tokens, upload(slots, self._device))
+            chosen = sampler.choose(wanted, draws, there)
         return Launched(
             sequences,
             dead_ends,
@@ -111,17 +112,10 @@ class Runner:
         if self._pieces is not None and self._pieces.fits(len(tokens)):
             return self._pieces.forward(layout, tokens)
         self._attention.plan(layout)
-        there = upload(tokens, self._device)
-        if (tokens < 0).any():
-            there = known_tokens(there, self._last_tokens)
-        return self._model(
-            there,
-            upload(layout.places[1], self._device),
-            self._attention,
-        )
+        return self._model(upload(tokens, self._device), self._last_tokens, self._attention)
 
     def _lay_out(self, chunks: list[Chunk]) -> tuple[StepLayout, Int64s]:
-        """The step's layout and its tokens, (tokens,) int64, as ``known_tokens`` takes them."""
+        """The step's layout and its tokens, (tokens,) int64, as ``embed`` takes them."""
         tokens: list[int] = []
         for chunk in chunks:
             sequence, start = chunk.sequence, chunk.sequence.num_cached

@@ -22,10 +22,10 @@ def knobs_of(params: SamplingParams) -> tuple[float, float, float, float]:
 def draws_of(
     knobs: Float64s, seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
 ) -> torch.Tensor:
-    """What ``Draws`` holds, row by row: (5, rows), float64, on the host, contiguous.
+    """The table of ``Draws.of``: (5, rows), float64, on the host.
 
     What a row gets depends on its own logits, parameters and index alone, never on the rows
-    beside it: its random number is a hash of its seed and index.
+    beside it: its key is a hash of its seed and index.
 
     Args:
         knobs: (4, rows), a column of ``knobs_of`` for each.
@@ -33,7 +33,7 @@ def draws_of(
         indices: (rows,), of the token in each row's output, 0 for the first.
     """
     draws = np.empty((5, len(seeds)))
-    draws[:4], draws[4] = knobs, uniforms(seeds, indices)
+    draws[:4], draws[4] = knobs, keys(seeds, indices).view(np.float64)
     return torch.from_numpy(draws)
 
 
@@ -43,17 +43,16 @@ def filters(draws: torch.Tensor) -> bool:
     return bool(top_k.any() or (top_p < 1).any() or min_p.any())
 
 
-def choose(logits: torch.Tensor, draws: torch.Tensor | None) -> torch.Tensor:
-    """One token a row: (rows,), int64, on the device of the logits.
+def choose(logits: torch.Tensor, draws: torch.Tensor, slots: sampling.Slots) -> torch.Tensor:
+    """One token a row, which goes to its slot too: (rows,), int64, on the device of the logits.
 
     Args:
-        logits: (rows, vocab), float32.
+        logits: (rows, vocab), floating point.
         draws: of ``draws_of``.
     """
-    if draws is None:
-        return logits.argmax(dim=-1)
-    there = upload(draws.float() if logits.is_cuda else draws, logits.device)
-    return sampling.choose(logits, sampling.Draws(*there), filters(draws))
+    there = sampling.Draws.of(upload(draws, logits.device))
+    scratch = sampling.scratch_for(len(logits), logits.device)
+    return sampling.choose(logits, there, slots, filters(draws), scratch)
 
 
 class Logprobs:
@@ -64,7 +63,7 @@ class Logprobs:
     ) -> None:
         self._rows, self._counts = rows, counts
         there = upload(np.array(rows, dtype=np.int64), logits.device)
-        table = logits[there].log_softmax(dim=-1)
+        table = logits[there].float().log_softmax(dim=-1)
         own = table.gather(1, chosen[there][:, None])
         ranks = (table > own).sum(dim=-1) + 1
         # the schema bounds params.logprobs, not the vocabulary
@@ -94,7 +93,7 @@ def logprobs(
     """What rows ask to be told of their tokens' probabilities; None if nothing.
 
     Args:
-        logits: (rows, vocab), float32, as the model gave them.
+        logits: (rows, vocab), as the model gave them.
         chosen: (rows,), int64: the token of each row.
     """
     asking = [(row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None]
@@ -104,15 +103,14 @@ def logprobs(
     return Logprobs(logits, chosen, list(rows), list(counts))
 
 
-def uniforms(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> Float64s:
-    """Random numbers in [0, 1), one for each pair of seed and index.
+def keys(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Random bits, 64 for each pair of seed and index.
 
     SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number
     generators", 2014) over the seed's hash plus the index times the golden gamma.
     """
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64
-        mixed = _mix(_mix(seeds) + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return _mix(_mix(seeds) + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

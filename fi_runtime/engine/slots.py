@@ -36,11 +36,9 @@ class Slots:
             [rows[one.slot][:count] for one, count in zip(sequences, counts, strict=True)]
         )
 
-    def draws(self, sequences: list[Sequence], slots: Int64s) -> torch.Tensor | None:
+    def draws(self, sequences: list[Sequence], slots: Int64s) -> torch.Tensor:
         """``sampler.draws_of`` of sequences that ``pages`` was asked for; ``slots``: theirs."""
         knobs = self._knobs[:, slots]
-        if not knobs[0].any():
-            return None  # all are greedy
         indices = np.array([one.length - one.prompt_length for one in sequences], dtype=np.uint64)
         return sampler.draws_of(knobs, self._seeds[slots], indices)
 

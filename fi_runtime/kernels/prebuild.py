@@ -17,6 +17,7 @@ import torch
 
 from fi_runtime.config import ConfigError
 from fi_runtime.kernels.library import MANIFEST, flashinfer, prebuilt_manifest
+from fi_runtime.kernels.own import own_spec
 
 HEADERS = {"cublasLt.h": "nvidia-cublas", "curand.h": "nvidia-curand"}
 """What FlashInfer includes beside the compiler's own, and the packages that carry it."""
@@ -81,11 +82,10 @@ def claim(out: Path, manifest: dict[str, str]) -> None:
 
 
 def _modules(head_dim: int, dtype: torch.dtype, backends: Sequence[str]) -> Iterator[Any]:
-    """FlashInfer's specifications of what the runtime calls for such a model."""
+    """The specifications of what the runtime calls for such a model."""
+    yield own_spec()
     jit = functools.partial(importlib.import_module, package="flashinfer.jit")
     yield jit(".norm").gen_norm_module()
-    yield jit(".rope").gen_rope_module()
-    yield jit(".page").gen_page_module()
     yield jit(".activation").gen_act_and_mul_module("silu")
     yield jit(".sampling").gen_sampling_module()
     attention = jit(".attention.modules")

@@ -9,5 +9,11 @@ class Linear:
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self.weight, self.bias)
+    def __call__(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Of ``x``: (rows, in); written to ``out`` if it is given."""
+        if out is None:
+            return functional.linear(x, self.weight, self.bias)
+        torch.mm(x, self.weight.T, out=out)
+        if self.bias is not None:
+            out += self.bias
+        return out

@@ -1,15 +1,20 @@
-import torch
-
-from fi_runtime.kernels.activation import silu_and_mul
 from fi_runtime.layers.linear import Linear
+from fi_runtime.layers.norm import RMSNorm
+from fi_runtime.layers.residual import ResidualStream
 
 
 class GatedMLP:
-    """down(silu(gate(x)) * up(x)) (Shazeer, 2020). ``gate_up`` holds both, gate first."""
+    """Adds down(silu(gate(x)) * up(x)) of the norm x (Shazeer, 2020).
 
-    def __init__(self, gate_up: Linear, down: Linear) -> None:
+    Args:
+        gate_up: hidden -> both, gate first.
+        down: back to hidden.
+    """
+
+    def __init__(self, norm: RMSNorm, gate_up: Linear, down: Linear) -> None:
+        self._norm = norm
         self._gate_up = gate_up
         self._down = down
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._down(silu_and_mul(self._gate_up(x)))
+    def __call__(self, residual: ResidualStream) -> None:
+        residual.add(residual.project_gated(self._norm, self._gate_up), self._down)

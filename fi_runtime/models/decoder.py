@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 
 from fi_runtime.attention.base import Attention
+from fi_runtime.kernels.embedding import embed
+from fi_runtime.kernels.heads import Heads
 from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.mlp import GatedMLP
 from fi_runtime.layers.norm import RMSNorm
-from fi_runtime.layers.rotary import Rotary
+from fi_runtime.layers.residual import ResidualStream
 from fi_runtime.layers.self_attention import SelfAttention
 from fi_runtime.models.config import ModelConfig
 from fi_runtime.models.weights import Weights
@@ -17,9 +18,7 @@ from fi_runtime.models.weights import Weights
 
 @dataclass(frozen=True)
 class Block:
-    attention_norm: RMSNorm
     attention: SelfAttention
-    mlp_norm: RMSNorm
     mlp: GatedMLP
 
 
@@ -35,22 +34,24 @@ class Decoder:
     head: Linear
 
     def __call__(
-        self, tokens: torch.Tensor, positions: torch.Tensor, attention: Attention
+        self, tokens: torch.Tensor, last_tokens: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
-        """Hidden states, (tokens, hidden), of ``tokens``, int64, at ``positions``, int32."""
-        residual = functional.embedding(tokens, self.embedding)
-        x = self.blocks[0].attention_norm(residual)
-        for index, block in enumerate(self.blocks):
-            if index:
-                x, residual = block.attention_norm.add(x, residual)
-            x = block.attention(x, positions, attention)
-            x, residual = block.mlp_norm.add(x, residual)
-            x = block.mlp(x)
-        return self.norm.add(x, residual)[0]
+        """Hidden states: (tokens, hidden).
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(rows, hidden) -> (rows, vocab), float32."""
-        return self.head(hidden).float()
+        Args:
+            tokens: (tokens,) int64, those that ``attention`` is planned for, as ``embed`` takes
+                them.
+            last_tokens: (slots,), int64.
+        """
+        residual = ResidualStream(embed(tokens, last_tokens, self.embedding))
+        for block in self.blocks:
+            block.attention(residual, attention)
+            block.mlp(residual)
+        return residual.total
+
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(rows, hidden) -> (rows, vocab), in the dtype of the weights; to ``out`` if given."""
+        return ResidualStream(hidden).project(self.norm, self.head, out)
 
 
 class DecoderBuilder:
@@ -61,9 +62,10 @@ class DecoderBuilder:
         self.weights = weights
         hidden = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self._embedding = hidden
-        self._rotary = Rotary(
-            config.inverse_frequencies.to(hidden.device), config.rope_scaling, max_position
-        )
+        # of each position's angles, as Heads holds them
+        positions = torch.arange(max_position, dtype=torch.float32, device=hidden.device)
+        angles = torch.outer(positions, config.inverse_frequencies.to(hidden.device))
+        self._cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * config.rope_scaling
 
     def build(self, qk_norm: bool) -> Decoder:
         """``qk_norm``: whether each head's queries and keys are normalised before they turn."""
@@ -86,26 +88,29 @@ class DecoderBuilder:
         q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
         qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         return Block(
-            attention_norm=self._norm(f"{prefix}.input_layernorm", config.hidden_size),
             attention=SelfAttention(
                 layer,
-                config.heads,
-                config.kv_heads,
-                config.head_dim,
+                self._norm(f"{prefix}.input_layernorm", config.hidden_size),
                 qkv=self._linear(
                     {f"{attention}.{name}": size for name, size in qkv.items()},
                     config.hidden_size,
                     config.attention_bias,
                 ),
+                heads=Heads(
+                    config.heads,
+                    config.kv_heads,
+                    config.head_dim,
+                    self._cos_sin,
+                    q_norm=self._head_norm(f"{attention}.q_norm") if qk_norm else None,
+                    k_norm=self._head_norm(f"{attention}.k_norm") if qk_norm else None,
+                    eps=config.norm_eps,
+                ),
                 out=self._linear(
                     {f"{attention}.o_proj": config.hidden_size}, q_size, config.attention_bias
                 ),
-                rotary=self._rotary,
-                q_norm=self._norm(f"{attention}.q_norm", config.head_dim) if qk_norm else None,
-                k_norm=self._norm(f"{attention}.k_norm", config.head_dim) if qk_norm else None,
             ),
-            mlp_norm=self._norm(f"{prefix}.post_attention_layernorm", config.hidden_size),
             mlp=GatedMLP(
+                self._norm(f"{prefix}.post_attention_layernorm", config.hidden_size),
                 gate_up=self._linear(
                     {f"{mlp}.{name}_proj": config.intermediate_size for name in ("gate", "up")},
                     config.hidden_size,
@@ -118,6 +123,9 @@ class DecoderBuilder:
                 ),
             ),
         )
+
+    def _head_norm(self, name: str) -> torch.Tensor:
+        return self.weights.take(f"{name}.weight", (self.config.head_dim,))
 
     def _norm(self, name: str, size: int) -> RMSNorm:
         return RMSNorm(self.weights.take(f"{name}.weight", (size,)), self.config.norm_eps)

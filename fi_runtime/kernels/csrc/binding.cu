@@ -1,0 +1,26 @@
+// What Python calls.
+#include "common.cuh"
+
+namespace fi_runtime {
+
+void linear(TensorView x, TensorView w, Optional<TensorView> gain, Optional<TensorView> bias,
+            TensorView out, double eps);
+void linear_add(TensorView x, TensorView w, Optional<TensorView> bias, TensorView out);
+void linear_silu_and_mul(TensorView x, TensorView w, TensorView gain, Optional<TensorView> bias,
+                         TensorView out, double eps);
+void place_qkv(TensorView qkv, TensorView q_out, Optional<TensorView> q_gain,
+               Optional<TensorView> k_gain, Optional<TensorView> cos_sin, TensorView keys, TensorView values,
+               Optional<TensorView> rows, TensorView positions, TensorView page_starts,
+               TensorView pages, double eps);
+void embed_tokens(TensorView tokens, TensorView last_tokens, TensorView table, TensorView out);
+void race_tokens(TensorView logits, TensorView temperatures, TensorView keys, TensorView slots,
+                 TensorView last_tokens, TensorView chosen, TensorView scratch);
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, linear);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_add, linear_add);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_silu_and_mul, linear_silu_and_mul);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(place_qkv, place_qkv);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_tokens, embed_tokens);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(race_tokens, race_tokens);
+
+}  // namespace fi_runtime

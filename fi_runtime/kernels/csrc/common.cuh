@@ -1,0 +1,85 @@
+// What all kernels of a decode step share: launches that overlap, and the host's side of tensors.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "tvm_ffi_utils.h"
+
+namespace fi_runtime {
+
+using tvm::ffi::Optional;
+using tvm::ffi::TensorView;
+
+constexpr int kWarp = 32;
+
+// Programmatic dependent launch: a kernel may begin while the one before it in the stream still
+// runs, and must wait before it touches what that one reads or writes. Each kernel here lets the
+// next one begin at once, and waits itself, so that waiting for one is waiting for all before it.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, int threads, cudaStream_t stream,
+            Arguments... arguments) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  TVM_FFI_ICHECK(status == cudaSuccess) << cudaGetErrorString(status);
+}
+
+template <typename T>
+T* data(const TensorView& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+template <typename T>
+T* data(const Optional<TensorView>& tensor) {
+  return tensor.has_value() ? static_cast<T*>(tensor.value().data_ptr()) : nullptr;
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ nv_bfloat16 from_float(float x) {
+  return __float2bfloat16(x);
+}
+template <>
+__device__ __forceinline__ half from_float(float x) {
+  return __float2half(x);
+}
+
+// So many elements that lie together, read and written at once.
+template <typename T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  T element[kCount];
+};
+
+__device__ __forceinline__ float sum_of_warp(float x) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
+  return x;
+}
+
+}  // namespace fi_runtime

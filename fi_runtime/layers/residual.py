@@ -1,0 +1,57 @@
+import torch
+
+from fi_runtime.kernels import projection
+from fi_runtime.kernels.activation import silu_and_mul
+from fi_runtime.layers.linear import Linear
+from fi_runtime.layers.norm import RMSNorm
+
+
+class ResidualStream:
+    """What layers read through a norm, and add to: (tokens, hidden).
+
+    Which kernels that takes is decided here. Of few tokens, norms and additions are part of the
+    projections beside them; of many, what was added last waits for the next norm.
+    """
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x = x
+        self._added: torch.Tensor | None = None
+
+    @property
+    def total(self) -> torch.Tensor:
+        """All that has been added."""
+        if self._added is not None:
+            self._x, self._added = self._x + self._added, None
+        return self._x
+
+    def normed(self, norm: RMSNorm) -> torch.Tensor:
+        if self._added is None:
+            return norm(self._x)
+        normed, self._x = norm.add(self._added, self._x)
+        self._added = None
+        return normed
+
+    def project(
+        self, norm: RMSNorm, linear: Linear, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """linear(norm): (tokens, out); written to ``out`` if it is given."""
+        if projection.is_few(self._x, linear.weight):
+            return projection.norm_linear(
+                self.total, norm.weight, norm.eps, linear.weight, linear.bias, out
+            )
+        return linear(self.normed(norm), out)
+
+    def project_gated(self, norm: RMSNorm, gate_up: Linear) -> torch.Tensor:
+        """silu(gate) * up of linear(norm), gate first: (tokens, out / 2)."""
+        if projection.is_few(self._x, gate_up.weight):
+            return projection.norm_linear_silu_and_mul(
+                self.total, norm.weight, norm.eps, gate_up.weight, gate_up.bias
+            )
+        return silu_and_mul(gate_up(self.normed(norm)))
+
+    def add(self, x: torch.Tensor, linear: Linear) -> None:
+        """Add linear(x), of ``x``: (tokens, in)."""
+        if projection.is_few(x, linear.weight):
+            projection.add_linear(self.total, x, linear.weight, linear.bias)
+        else:
+            self._x, self._added = self.total, linear(x)
