@@ -7,6 +7,7 @@ temperature 0.6, end tokens ignored; the second of two runs, with nothing left i
 first. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
 
+import functools
 import gc
 import random
 import tempfile
@@ -62,21 +63,31 @@ def seconds_of(engine: Engine) -> float:
     return seconds
 
 
-def engine_of(model: str, kernels: Path | None, folder: Path) -> tuple[Engine, Limits]:
-    """A model's engine on the GPU, as its process sets it up, and the model's limits there.
+@functools.cache
+def bytes_per_s() -> float:
+    """That a copy within the GPU's memory moves, reading and writing counted.
 
     Raises:
         typer.BadParameter: there is no GPU.
     """
     if not torch.cuda.is_available():
         raise typer.BadParameter("no GPU is visible to torch; run this on a machine with one")
-    bytes_per_s = memory_bandwidth(torch.device("cuda")) * 1e9
+    return memory_bandwidth(torch.device("cuda")) * 1e9
+
+
+def engine_of(model: str, kernels: Path | None, folder: Path) -> tuple[Engine, Limits]:
+    """A model's engine on the GPU, as its process sets it up, and the model's limits there.
+
+    Raises:
+        typer.BadParameter: there is no GPU.
+    """
+    moved = bytes_per_s()
     repository = model_repository(model, folder, kernels)
     config = read_engine_config(repository / "llm", "cuda")
     engine = Engine(config)
     gc.collect()
     gc.freeze()
-    return engine, limits_of(Path(config.checkpoint), bytes_per_s)
+    return engine, limits_of(Path(config.checkpoint), moved)
 
 
 def release() -> None:

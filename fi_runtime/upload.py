@@ -16,3 +16,9 @@ def upload(array: npt.NDArray[Any] | torch.Tensor, device: torch.device) -> torc
     if device.type == "cpu":
         return host
     return host.pin_memory().to(device, non_blocking=True)
+
+
+def upload_to(target: torch.Tensor, array: npt.NDArray[Any]) -> None:
+    """``upload`` to the first elements of a tensor that stays where it is."""
+    host = torch.from_numpy(array)
+    target[: len(host)].copy_(host if target.device.type == "cpu" else host.pin_memory(), True)

@@ -20,7 +20,7 @@ from fi_runtime.cache.pages import SPARE_PAGE
 from fi_runtime.config import Backend, ConfigError
 from fi_runtime.kernels.heads import Heads, Places, place
 from fi_runtime.kernels.library import flashinfer
-from fi_runtime.upload import upload
+from fi_runtime.upload import upload, upload_to
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class FlashInferAttention:
     ) -> None:
         shape, device = cache.shape, cache.data.device
         check_head_dim(shape.head_dim)
+        self._limits = limits
         self.runs: dict[str, str] = {}
         """what each kind of wrapper really runs: fa2, fa3, or cuda-core"""
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -82,9 +83,9 @@ class FlashInferAttention:
         )
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
         self._common = _Common(cache, heads, workspace, tensor_cores, backend)
-        # Decode graphs share it: all pages there are, and those of padding.
-        self._graph_pages = torch.zeros(
-            shape.pages + limits.sequences, dtype=torch.int32, device=device
+        # Decode graphs share it: positions, then all pages there are, and those of padding.
+        self._graph_buffer = torch.zeros(
+            limits.sequences + shape.pages + limits.sequences, dtype=torch.int32, device=device
         )
         library = flashinfer()
         self._decode = _Wrapper(
@@ -127,7 +128,8 @@ class FlashInferAttention:
         Raises:
             ConfigError: its wrapper would run something else than it was told.
         """
-        attention = GraphDecodeAttention(self._common, self._graph_pages, sequences)
+        first = self._limits.sequences - sequences
+        attention = GraphDecodeAttention(self._common, self._graph_buffer[first:], sequences)
         self.runs["graph decode"] = attention.runs
         return attention
 
@@ -163,12 +165,15 @@ class GraphDecodeAttention:
     Fewer may be planned: the rest are padding, of one token each in the spare page.
 
     Args:
-        pages: (as many as a step lists at most,) int32, where page numbers are put.
+        buffer: int32, where positions are put, and then page numbers: as many of both as a step
+            has at most.
         sequences: of each step.
     """
 
-    def __init__(self, common: "_Common", pages: torch.Tensor, sequences: int) -> None:
+    def __init__(self, common: "_Common", buffer: torch.Tensor, sequences: int) -> None:
         self._sequences = sequences
+        self._buffer = buffer
+        positions, pages = buffer[:sequences], buffer[sequences:]
         starts = torch.zeros(sequences + 1, dtype=torch.int32, device=pages.device)
         last = torch.ones(sequences, dtype=torch.int32, device=pages.device)
         wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
@@ -183,8 +188,7 @@ class GraphDecodeAttention:
         wrapper._backend = common.backend
         self._wrapper = _Wrapper(common, wrapper)
         self._common = common
-        positions = torch.zeros(sequences, dtype=torch.int32, device=pages.device)
-        # The wrapper's plan fills the other two.
+        # The wrapper's plan fills the starts.
         self._places = Places(None, positions, starts, pages)
         layout = spare_layout([1], common.cache.shape.page_size)
         self.plan(layout)
@@ -194,10 +198,10 @@ class GraphDecodeAttention:
 
     def plan(self, layout: StepLayout) -> None:
         """Also before each replay: a replay with a stale plan reads the wrong keys."""
-        padded, positions = _pad(layout, self._sequences), self._places.positions
-        both = upload(np.concatenate((padded.context_lens - 1, padded.pages)), positions.device)
-        positions.copy_(both[: self._sequences])
-        self._wrapper.plan(padded, both[self._sequences :])
+        padded = _pad(layout, self._sequences)
+        upload_to(self._buffer, np.concatenate((padded.context_lens - 1, padded.pages)))
+        # It copies the pages to where they are already.
+        self._wrapper.plan(padded, self._places.pages[: len(padded.pages)])
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         q = place(qkv, heads, self._places, self._common.cache.layer(layer))
@@ -242,7 +246,7 @@ class PieceAttention:
         own_rows[:count], own_positions[:count] = rows + 1, positions
         page_starts[1 : len(layout.page_starts) + 1] = layout.page_starts + 1
         pages[0], pages[1:] = SPARE_PAGE, layout.pages
-        self._buffer[: len(head)].copy_(upload(head, self._buffer.device))
+        upload_to(self._buffer, head)
         self._attention.plan_on(layout, self._places.pages[1 : 1 + len(layout.pages)])
 
     def place(self, layer: int, qkv: torch.Tensor, heads: Heads) -> None:

@@ -14,7 +14,7 @@ from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAtte
 from fi_runtime.engine.capture import capture_each
 from fi_runtime.kernels.sampling import Draws, Slots, choose, scratch_for
 from fi_runtime.models import Decoder
-from fi_runtime.upload import upload
+from fi_runtime.upload import upload_to
 
 
 class _Graph:
@@ -73,7 +73,7 @@ class _Graph:
         inputs[0, :count], inputs[1, :count] = tokens, slots
         inputs[1, count:] = self._spare
         inputs[2:, :count] = draws.numpy().view(np.int64)
-        self._inputs.copy_(upload(inputs, self._inputs.device))
+        upload_to(self._inputs, inputs)
         self._attention.plan(layout)
         self._forward.replay()
         return self._logits[:count]

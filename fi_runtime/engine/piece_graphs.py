@@ -10,7 +10,7 @@ from fi_runtime.attention.flashinfer import FlashInferAttention, PieceAttention
 from fi_runtime.engine.capture import capture_each
 from fi_runtime.kernels.heads import Heads
 from fi_runtime.models import Decoder
-from fi_runtime.upload import upload
+from fi_runtime.upload import upload_to
 
 
 class _Pieces:
@@ -119,7 +119,7 @@ class PieceGraphs:
         """
         count = len(tokens)
         self._attention.plan(layout)
-        self._tokens[:count].copy_(upload(tokens, self._tokens.device))
+        upload_to(self._tokens, tokens)
         return self._pieces[self._sizes[bisect.bisect_left(self._sizes, count)]].replay(count)
 
 

@@ -74,6 +74,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Launched:
         """Have the chunks computed, and a token chosen for each that completes its sequence."""
+        # Attention takes them in turn: the longest first, or else it ends with few at work.
+        chunks = sorted(chunks, key=_context, reverse=True)
         layout, tokens = self._lay_out(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
         if not sequences:
@@ -135,3 +137,7 @@ class Runner:
             pages=self._slots.pages([chunk.sequence for chunk in chunks], page_counts.tolist()),
         )
         return layout, np.array(tokens, dtype=np.int64)
+
+
+def _context(chunk: Chunk) -> int:
+    return chunk.sequence.num_cached + chunk.count

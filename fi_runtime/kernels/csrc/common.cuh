@@ -15,14 +15,22 @@ using tvm::ffi::TensorView;
 constexpr int kWarp = 32;
 
 // Programmatic dependent launch: a kernel may begin while the one before it in the stream still
-// runs, and must wait before it touches what that one reads or writes. Each kernel here lets the
-// next one begin at once, and waits itself, so that waiting for one is waiting for all before it.
-__device__ __forceinline__ void wait_for_kernels_before() {
+// runs, and must wait before it touches what that one reads or writes. Every kernel here waits, so
+// that waiting for one is waiting for all before it.
+//
+// RACE: whatever is read after the wait must be named here, or the compiler may read it before. For
+// it the pointers are new ones afterwards, to which nothing can have been read; and reads go past
+// the first-level cache (read_fresh), which may hold what an earlier kernel found there.
+template <typename... T>
+__device__ __forceinline__ void wait_for_kernels_before(T*&... pointers) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+  (..., [&] { asm volatile("" : "+l"(pointers)::"memory"); }());
 }
 
+// The next kernel begins once every block has said so. RACE: before one of FlashInfer's, only at the
+// end, since the compiler is free to move their reads above their wait.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
@@ -75,6 +83,23 @@ template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Vector {
   T element[kCount];
 };
+
+template <typename V>
+__device__ __forceinline__ V read_fresh(const V* at) {
+  V value;
+  if constexpr (sizeof(V) == 16) {
+    *reinterpret_cast<uint4*>(&value) = __ldcg(reinterpret_cast<const uint4*>(at));
+  } else if constexpr (sizeof(V) == 8) {
+    *reinterpret_cast<uint2*>(&value) = __ldcg(reinterpret_cast<const uint2*>(at));
+  } else if constexpr (sizeof(V) == 4) {
+    *reinterpret_cast<unsigned*>(&value) = __ldcg(reinterpret_cast<const unsigned*>(at));
+  } else {
+    static_assert(sizeof(V) == 2);
+    *reinterpret_cast<unsigned short*>(&value) =
+        __ldcg(reinterpret_cast<const unsigned short*>(at));
+  }
+  return value;
+}
 
 __device__ __forceinline__ float sum_of_warp(float x) {
 #pragma unroll

@@ -16,7 +16,7 @@ struct Places {
 // A warp for each head of each token. A lane has as many elements of the first half of the head as
 // of the second, those that turn with them.
 template <typename T, int kHeadDim>
-__global__ void place(const T* __restrict__ qkv, T* q_out, const T* __restrict__ q_gain,
+__global__ void place(const T* qkv, T* q_out, const T* __restrict__ q_gain,
                       const T* __restrict__ k_gain, const float* __restrict__ cos_sin, T* keys,
                       T* values, Places places, int tokens, int heads, int kv_heads,
                       int64_t qkv_stride, int64_t q_stride, int64_t page_stride,
@@ -25,14 +25,13 @@ __global__ void place(const T* __restrict__ qkv, T* q_out, const T* __restrict__
   using Some = Vector<T, kEach>;
   const int all = heads + 2 * kv_heads;
   const int number = (blockIdx.x * blockDim.x + threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
-  let_next_kernel_begin();
-  wait_for_kernels_before();
+  wait_for_kernels_before(qkv, q_out, keys, values);
   if (number >= tokens * all) return;
   const int token = number / all, head = number % all;
   const int low = lane * kEach, high = low + kHeadDim / 2;
   const T* from = qkv + token * qkv_stride + head * kHeadDim;
-  Some a = *reinterpret_cast<const Some*>(from + low);
-  Some b = *reinterpret_cast<const Some*>(from + high);
+  Some a = read_fresh(reinterpret_cast<const Some*>(from + low));
+  Some b = read_fresh(reinterpret_cast<const Some*>(from + high));
   const int position = places.positions[token];
   if (head < heads + kv_heads) {
     const T* gain = head < heads ? q_gain : k_gain;
@@ -71,17 +70,18 @@ __global__ void place(const T* __restrict__ qkv, T* q_out, const T* __restrict__
   }
   *reinterpret_cast<Some*>(to + low) = a;
   *reinterpret_cast<Some*>(to + high) = b;
+  let_next_kernel_begin();
 }
 
 // A block for each token: its row of the table. -1 - slot stands for the last token of a slot.
-__global__ void embed(const int64_t* __restrict__ tokens, const int64_t* __restrict__ last_tokens,
+__global__ void embed(const int64_t* tokens, const int64_t* last_tokens,
                       const uint4* __restrict__ table, uint4* out, int row_size) {
-  let_next_kernel_begin();
-  wait_for_kernels_before();
-  int64_t token = tokens[blockIdx.x];
-  if (token < 0) token = last_tokens[-1 - token];
+  wait_for_kernels_before(tokens, last_tokens, out);
+  int64_t token = read_fresh(tokens + blockIdx.x);
+  if (token < 0) token = read_fresh(last_tokens + (-1 - token));
   for (int i = threadIdx.x; i < row_size; i += blockDim.x)
     out[static_cast<int64_t>(blockIdx.x) * row_size + i] = table[token * row_size + i];
+  let_next_kernel_begin();
 }
 
 constexpr int kThreads = 256;

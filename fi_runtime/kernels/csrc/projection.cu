@@ -64,7 +64,7 @@ __device__ __forceinline__ uint4 times(uint4 a, uint4 b) {
 // kAhead: reads of W that a lane has under way for each tile.
 template <int kTiles, int kWarps, int kAhead, bool kMore, bool kNorm, After kAfter>
 __global__ void __launch_bounds__(kWarps* kWarp)
-    project(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ gain,
+    project(const T* x, const T* __restrict__ w, const T* __restrict__ gain,
             const T* __restrict__ bias, T* out, int rows, int outputs, int inner, int64_t x_stride,
             int64_t out_stride, float eps) {
   constexpr int kHalves = kAfter == After::kSiluAndMul ? 2 : 1;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
       weights[ahead][tile] = block < blocks ? read_once(from[tile] + block * kInner) : uint4{};
   }
   let_next_kernel_begin();
-  wait_for_kernels_before();
+  wait_for_kernels_before(x, out);
 
   const T* here = x + row * x_stride + part;
   const T* below = here + 8 * x_stride;
@@ -99,11 +99,11 @@ __global__ void __launch_bounds__(kWarps* kWarp)
   auto read_x = [&](int ahead, int block) {
     const bool inside = block < blocks;
     x_here[ahead] = uint4{};
-    if (inside && has_here) x_here[ahead] = *reinterpret_cast<const uint4*>(here + block * kInner);
+    if (inside && has_here) x_here[ahead] = read_fresh(reinterpret_cast<const uint4*>(here + block * kInner));
     if constexpr (kMore) {
       x_below[ahead] = uint4{};
       if (inside && has_below)
-        x_below[ahead] = *reinterpret_cast<const uint4*>(below + block * kInner);
+        x_below[ahead] = read_fresh(reinterpret_cast<const uint4*>(below + block * kInner));
     }
     if constexpr (kNorm) {
       gains[ahead] = uint4{};
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
     float y = total(inside) * scale;
     if (bias != nullptr) y += __bfloat162float(bias[first + column]);
     T* to = out + r * out_stride + first + column;
-    if constexpr (kAfter == After::kAdd) y += __bfloat162float(*to);
+    if constexpr (kAfter == After::kAdd) y += __bfloat162float(read_fresh(to));
     if constexpr (kAfter == After::kSiluAndMul) {
       float up = total(inside + kTiles / 2 * kRows * kTile) * scale;
       if (bias != nullptr) up += __bfloat162float(bias[outputs + first + column]);

@@ -38,13 +38,23 @@ __device__ __forceinline__ unsigned long long ranked(float score, unsigned token
 }
 
 template <typename T>
+__device__ __forceinline__ Vector<T, kEach> read_some(const T* at) {
+  Vector<T, kEach> some;
+  constexpr int kPart = sizeof(uint4) / sizeof(T);
+#pragma unroll
+  for (int part = 0; part < kEach / kPart; ++part)
+    reinterpret_cast<uint4*>(&some)[part] =
+        read_fresh(reinterpret_cast<const uint4*>(at + part * kPart));
+  return some;
+}
+
+template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    race(const T* __restrict__ logits, const double* __restrict__ temperatures,
-         const int64_t* __restrict__ keys, const int64_t* __restrict__ slots, int64_t* last_tokens,
+    race(const T* logits, const double* temperatures, const int64_t* keys, const int64_t* slots,
+         int64_t* last_tokens,
          int64_t* chosen, unsigned long long* best, unsigned* finished, int vocab, int64_t stride) {
   const int row = blockIdx.y;
-  let_next_kernel_begin();
-  wait_for_kernels_before();
+  wait_for_kernels_before(logits, temperatures, keys, slots);
   const float temperature = temperatures[row];
   const bool drawn = temperature > 0.f;
   // Below it float32 scores could overflow; the likeliest token has all the weight long before.
@@ -64,11 +74,11 @@ __global__ void __launch_bounds__(kThreads)
   for (int begin = (blockIdx.x * kThreads + threadIdx.x) * kEach; begin < vocab;
        begin += gridDim.x * kChunk) {
     if (aligned && begin + kEach <= vocab) {
-      const Some some = *reinterpret_cast<const Some*>(own + begin);
+      const Some some = read_some(own + begin);
 #pragma unroll
       for (int i = 0; i < kEach; ++i) enter(to_float(some.element[i]), begin + i);
     } else {
-      for (int i = begin; i < min(begin + kEach, vocab); ++i) enter(to_float(own[i]), i);
+      for (int i = begin; i < min(begin + kEach, vocab); ++i) enter(to_float(read_fresh(own + i)), i);
     }
   }
 #pragma unroll
@@ -91,6 +101,7 @@ __global__ void __launch_bounds__(kThreads)
     chosen[row] = token;
     last_tokens[slots[row]] = token;
   }
+  let_next_kernel_begin();
 }
 
 }  // namespace
