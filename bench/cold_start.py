@@ -52,7 +52,7 @@ def print_rows(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def model_repository(model: str, folder: Path, kernels: Path | None) -> Path:
+def model_repository(model: str, folder: Path, kernels: Path | None, front_ends: int = 2) -> Path:
     """Both doors on a shape with random weights, or on the default checkpoint."""
     knobs: dict[str, object] = {"kernels": kernels.resolve()} if kernels else {}
     if model == "demo":
@@ -60,7 +60,7 @@ def model_repository(model: str, folder: Path, kernels: Path | None) -> Path:
     else:
         checkpoint = write_shape(model, folder / "checkpoint")
         knobs["load_format"] = "dummy"
-    return write_repository(folder / "repository", checkpoint, knobs)
+    return write_repository(folder / "repository", checkpoint, knobs, instances=front_ends)
 
 
 def _phases(log: str) -> dict[str, float]:

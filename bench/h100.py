@@ -155,7 +155,8 @@ def main(
 
     def serving() -> None:
         counts = (text for count in STREAMS for text in ("--concurrency", str(count)))
-        measure("serving", *PEERS, *counts, "--tokens", "256", "--rounds", "2")
+        options = ("--tokens", "256", "--rounds", "4", "--front-ends", "4")
+        measure("serving", *PEERS, *counts, *options)
 
     known: dict[str, Callable[[], None]] = {
         "tests": lambda: gpu_tests(out),

@@ -247,11 +247,13 @@ def _between_tokens(server: TritonServer) -> tuple[float, float]:
     return total, count
 
 
-def measure(model: str, kernels: Path | None, loads: list[Load]) -> list[dict[str, Any]]:
+def measure(
+    model: str, kernels: Path | None, front_ends: int, loads: list[Load]
+) -> list[dict[str, Any]]:
     """A row for each load."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        repository = model_repository(model, folder, kernels)
+        repository = model_repository(model, folder, kernels, front_ends)
         device: Device = "cuda" if torch.cuda.is_available() else "cpu"
         config = read_engine_config(repository / "llm", device)
         # A process of its own, so that its memory and threads are gone when the server is measured.
@@ -277,6 +279,7 @@ def main(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
     rounds: Annotated[int, typer.Option(help="Answers one after another in each stream.")] = 8,
+    front_ends: Annotated[int, typer.Option(help="Processes that answer clients.")] = 2,
     kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
@@ -284,12 +287,13 @@ def main(
     concurrency = concurrency or [16]
     loads = [Load(streams, tokens, rounds) for streams in concurrency]
     counts = "".join(f" --concurrency {streams}" for streams in concurrency)
-    command = f"python -m bench.serving {' '.join(models or [])}{counts}"
+    options = f"--tokens {tokens} --rounds {rounds} --front-ends {front_ends}"
+    command = f"python -m bench.serving {' '.join(models or [])}{counts} {options}"
     rows: list[dict[str, Any]] = []
     for model in models or ["demo"]:
-        rows += measure(model, kernels, loads)
+        rows += measure(model, kernels, front_ends, loads)
         if out is not None:  # what there is, should a later model fail
-            write_results(out, rows, f"{command} --tokens {tokens} --rounds {rounds}")
+            write_results(out, rows, command)
     table = Table(title=f"Answers of {tokens} tokens, {rounds} rounds")
     columns = ["streams", "offline tokens/s", "served tokens/s", "served / offline"]
     columns += ["offline step, ms", "served step, ms", "offline first token, ms"]

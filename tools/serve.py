@@ -167,7 +167,12 @@ class TritonServer:
 
     def wait_ready(self, models: Iterable[str] | None = None, timeout: float = 120) -> None:
         """Wait until these models, or all there are, are ready; raise with Triton's reasons."""
+        end = time.monotonic() + timeout
         listed = self.wait_loaded(timeout)
+        while not _listens(*self.address("metrics")):  # the server opens this port last
+            if time.monotonic() > end:
+                raise ServerError(f"no metrics after {timeout:.0f} s{self._log_tail()}")
+            time.sleep(POLL_SECONDS)
         wanted = set(models) if models is not None else {model.name for model in listed}
         failed = wanted - {model.name for model in listed if model.state == "READY"}
         if failed:
@@ -255,6 +260,12 @@ def find_program(name: str) -> str:
     if found is None:
         raise ServerError(f"no {name} in {ours.parent} or on PATH; run: make setup")
     return found
+
+
+def _listens(host: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+        return True
+    return False
 
 
 def free_ports(count: int) -> list[int]:

@@ -1,9 +1,9 @@
 class Credits:
     """Leave to send the engine new sequences, so that all others wait in Triton's queue.
 
-    Each front end holds a few credits ahead of need, which saves it a round trip; they are
-    replaced as it uses them while fewer than ``limit`` sequences are in the engine. So at most
-    ``limit + STANDBY * front ends`` sequences are in the engine at a time.
+    While there is room, front ends hold equal shares of it ahead of need, which saves them round
+    trips of a step each, and a few more while fewer than ``limit`` sequences are in the engine. So
+    at most ``limit + STANDBY * front ends`` sequences are in the engine at a time.
     """
 
     STANDBY = 4
@@ -31,9 +31,15 @@ class Credits:
 
     def grant(self) -> dict[bytes, int]:
         """New credits for each front end that gets any."""
-        if sum(self._in_engine.values()) >= self._limit:
+        room = self._limit - sum(self._in_engine.values())
+        if room <= 0:
             return {}
-        granted = {f: self.STANDBY - held for f, held in self._held.items() if held < self.STANDBY}
+        share = max(0, room - sum(self._held.values())) // len(self._held)
+        granted = {
+            front_end: count
+            for front_end, held in self._held.items()
+            if (count := max(share, self.STANDBY - held)) > 0
+        }
         for front_end, count in granted.items():
             self._held[front_end] += count
         return granted

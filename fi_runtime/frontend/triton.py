@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
-SENDERS = 4
+SENDERS = 2
 """threads that send: one mostly waits for the server to take a response, without Python's lock"""
 
 
