@@ -1,6 +1,7 @@
 """What FlashInfer is told, on the CPU: its wrappers are stood in for by what its documentation says
 that they compute. The real ones are for tests/test_gpu.py."""
 
+import itertools
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fi_runtime.attention import flashinfer as module
-from fi_runtime.attention.base import Attention, StepLayout
+from fi_runtime.attention.base import Attention, AttentionKind, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, PieceAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
@@ -22,7 +23,10 @@ CPU = torch.device("cpu")
 
 
 class Wrapper:
-    """Plans from the arrays that it is given, in its own buffers where it has any."""
+    """Plans from the arrays that it is given, in its own buffers where it has any.
+
+    A plan lies in the workspace: it is gone once another wrapper has planned in the same one.
+    """
 
     def __init__(self, *_: Any, use_tensor_cores: bool = False, backend: str = "auto") -> None:
         self._backend = backend
@@ -30,15 +34,28 @@ class Wrapper:
         self.staged: list[int] = []
 
     def reset_workspace_buffer(self, partial: torch.Tensor, plan: torch.Tensor) -> None:
-        pass
+        self.workspace = plan
 
     def workspace_size(self, *_: Any, **__: Any) -> tuple[int, int]:
         return 1, 1
 
-    def plan(self, starts: Any, pages: Any, last: Any, *shape: int, **_: Any) -> None:
+    def plan(
+        self,
+        starts: Any,
+        pages: Any,
+        last: Any,
+        *shape: int,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        sm_scale: float | None = None,
+        **_: Any,
+    ) -> None:
         assert self._pin_memory_int_workspace_buffer is not None
         self.staged.append(id(self._pin_memory_int_workspace_buffer))
         self.planned = (torch.arange(len(last) + 1), starts, pages, last)
+        self.kind = window_left, logits_soft_cap, sm_scale
+        self.stamp = random.randrange(1 << 30)
+        self.workspace[:4].view(torch.int32)[0] = self.stamp
 
     def run(
         self,
@@ -46,6 +63,8 @@ class Wrapper:
         cache: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        assert self.workspace[:4].view(torch.int32)[0] == self.stamp, "another has planned here"
+        window_left, soft_cap, scale = self.kind
         query_starts, starts, pages, last = (each.tolist() for each in self.planned)
         assert len(q) == query_starts[-1]
         out = torch.empty_like(q) if out is None else out
@@ -55,14 +74,14 @@ class Wrapper:
             k, v = (side[own].flatten(0, 1)[:context] for side in cache)
             rows = slice(query_starts[s], query_starts[s + 1])
             count = rows.stop - rows.start
-            mask = torch.arange(context) <= context - count + torch.arange(count)[:, None]
-            out[rows] = torch.nn.functional.scaled_dot_product_attention(
-                q[rows].transpose(0, 1),
-                k.transpose(0, 1),
-                v.transpose(0, 1),
-                attn_mask=mask,
-                enable_gqa=True,
-            ).transpose(0, 1)
+            back = context - count + torch.arange(count)[:, None] - torch.arange(context)
+            seen = (back >= 0) & ((back <= window_left) | (window_left == -1))
+            k, v = (side.repeat_interleave(q.shape[1] // side.shape[1], dim=1) for side in (k, v))
+            scores = torch.einsum("qhd,chd->hqc", q[rows], k) * (scale or q.shape[-1] ** -0.5)
+            if soft_cap:
+                scores = soft_cap * (scores / soft_cap).tanh()
+            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+            out[rows] = torch.einsum("hqc,chd->qhd", weights, v)
         return out
 
 
@@ -114,17 +133,28 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
 
 
-@pytest.fixture(params=[(8, 2, 1), (8, 2, 16), (2, 2, 16)], ids=str)
+LOCAL, CAPPED = (AttentionKind(0.2, window=20), AttentionKind(0.7, window=1, soft_cap=1.5))
+
+
+@pytest.fixture(
+    params=[
+        (8, 2, 1, None),
+        (8, 2, 16, (LOCAL, CAPPED)),
+        (2, 2, 16, None),
+        (2, 2, 16, [LOCAL] * 2),
+    ],
+    ids=["8:2, pages of 1", "8:2, two kinds", "2:2", "2:2, a window"],
+)
 def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
     """Attention through the stand-in and the reference, over caches of the same contents."""
-    heads, kv_heads, page_size = request.param
+    heads, kv_heads, page_size, kinds = request.param
     shape = CacheShape(2, 4000 // page_size, page_size, kv_heads, HEAD_DIM)
     caches = [KVCache(shape, torch.float32, CPU) for _ in range(2)]
     caches[0].data.normal_(generator=torch.Generator().manual_seed(0))
     caches[1].data.copy_(caches[0].data)
     return SimpleNamespace(
-        ours=FlashInferAttention(caches[0], heads, Limits(4096, 64, 2000)),
-        reference=ReferenceAttention(caches[1]),
+        ours=FlashInferAttention(caches[0], heads, Limits(4096, 64, 2000), kinds=kinds),
+        reference=ReferenceAttention(caches[1], kinds),
         caches=caches,
         shape=shape,
         heads=heads,
@@ -192,11 +222,13 @@ def test_steps_in_pieces_write_only_their_own_pages(pair: SimpleNamespace) -> No
 
 def test_plans_that_follow_each_other_are_staged_apart(pair: SimpleNamespace) -> None:
     graph = pair.ours.for_graph(2)
-    wrapper = graph._wrapper._wrapper
+    wrappers = [each._wrapper for each in graph._wrappers._of_kind.values()]
     for _ in range(4):
         graph.plan(make_layout([1], [5], pair.shape.page_size, random.Random(0), 50))
-    assert len(set(wrapper.staged)) == 2
-    assert all(a != b for a, b in zip(wrapper.staged, wrapper.staged[1:], strict=False))
+    for staged in (wrapper.staged for wrapper in wrappers):
+        assert len(set(staged)) == 2
+        assert all(a != b for a, b in itertools.pairwise(staged))
+    assert len({buffer for wrapper in wrappers for buffer in wrapper.staged}) == 2 * len(wrappers)
 
 
 def test_every_wrapper_is_told_fa2(pair: SimpleNamespace) -> None:

@@ -43,6 +43,23 @@ class StepLayout:
         return rows, np.arange(self.query_starts[-1], dtype=np.int32) + before[rows]
 
 
+@dataclass(frozen=True)
+class AttentionKind:
+    """How a layer weighs the tokens that came before; layers may differ in it."""
+
+    scale: float
+    """by which products of queries and keys are multiplied, before all else"""
+    window: int | None = None
+    """tokens that each one sees, itself among them; None: all up to itself"""
+    soft_cap: float | None = None
+    """scores s become soft_cap * tanh(s / soft_cap) (Gemma team, 2024); None: they stay"""
+
+
+def plain_kinds(layers: int, head_dim: int) -> tuple[AttentionKind, ...]:
+    """Of layers that see all before them, scaled as usual (Vaswani et al., 2017)."""
+    return (AttentionKind(scale=head_dim**-0.5),) * layers
+
+
 class Attention(Protocol):
     """Writes a step's keys and values to the cache and attends to all before them."""
 
@@ -50,7 +67,7 @@ class Attention(Protocol):
         """Prepare for the calls of one step, one a layer. Must precede each step's first call."""
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
-        """Causal attention of a step's tokens, softmax scale 1 / sqrt(head_dim).
+        """Causal attention of a step's tokens, of the layer's kind.
 
         Args:
             layer: index of the layer, which has a cache of its own.

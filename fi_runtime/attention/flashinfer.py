@@ -7,13 +7,20 @@ checked when the engine starts, since what it was told lies in a private attribu
 
 import contextlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fi_runtime.attention.base import Int32s, StepLayout, spare_layout
+from fi_runtime.attention.base import (
+    AttentionKind,
+    Int32s,
+    StepLayout,
+    plain_kinds,
+    spare_layout,
+)
 from fi_runtime.attention.workspace import Workspace, partial_bytes, plan_bytes
 from fi_runtime.cache.kv_cache import KVCache
 from fi_runtime.cache.pages import SPARE_PAGE
@@ -61,6 +68,7 @@ class FlashInferAttention:
         heads: query heads.
         limits: what the workspace is made for.
         backend: what every wrapper is told to run.
+        kinds: of each layer; default: plain.
 
     Raises:
         ConfigError: a wrapper would run something else than it was told, or needs a larger
@@ -68,7 +76,12 @@ class FlashInferAttention:
     """
 
     def __init__(
-        self, cache: KVCache, heads: int, limits: Limits, backend: Backend = "fa2"
+        self,
+        cache: KVCache,
+        heads: int,
+        limits: Limits,
+        backend: Backend = "fa2",
+        kinds: Sequence[AttentionKind] | None = None,
     ) -> None:
         shape, device = cache.shape, cache.data.device
         check_head_dim(shape.head_dim)
@@ -76,27 +89,30 @@ class FlashInferAttention:
         self.runs: dict[str, str] = {}
         """what each kind of wrapper really runs: fa2, fa3, or cuda-core"""
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        workspace = Workspace(
+        partial = torch.empty(
             partial_bytes(heads, shape.kv_heads, shape.head_dim, limits.sequences, processors),
-            plan_bytes(heads, shape.kv_heads, limits.tokens, limits.sequences),
-            device,
+            dtype=torch.uint8,
+            device=device,
         )
+        planned = plan_bytes(heads, shape.kv_heads, limits.tokens, limits.sequences)
+        layers = tuple(kinds or plain_kinds(shape.layers, shape.head_dim))
+        workspaces = {kind: Workspace(partial, planned) for kind in dict.fromkeys(layers)}
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
-        self._common = _Common(cache, heads, workspace, tensor_cores, backend)
+        self._common = _Common(cache, heads, layers, partial, workspaces, tensor_cores, backend)
         # Decode graphs share it: positions, then all pages there are, and those of padding.
         self._graph_buffer = torch.zeros(
             limits.sequences + shape.pages + limits.sequences, dtype=torch.int32, device=device
         )
         library = flashinfer()
-        self._decode = _Wrapper(
+        self._decode = _Wrappers(
             self._common,
-            library.BatchDecodeWithPagedKVCacheWrapper(
-                workspace.partial, "NHD", use_tensor_cores=tensor_cores, backend=backend
+            lambda: library.BatchDecodeWithPagedKVCacheWrapper(
+                partial, "NHD", use_tensor_cores=tensor_cores, backend=backend
             ),
         )
-        self._prefill = _Wrapper(
+        self._prefill = _Wrappers(
             self._common,
-            library.BatchPrefillWithPagedKVCacheWrapper(workspace.partial, "NHD", backend=backend),
+            lambda: library.BatchPrefillWithPagedKVCacheWrapper(partial, "NHD", backend=backend),
             prefill=True,
         )
         self._planned = self._decode
@@ -176,36 +192,40 @@ class GraphDecodeAttention:
         positions, pages = buffer[:sequences], buffer[sequences:]
         starts = torch.zeros(sequences + 1, dtype=torch.int32, device=pages.device)
         last = torch.ones(sequences, dtype=torch.int32, device=pages.device)
-        wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
-            common.workspace.partial,
-            starts,
-            pages,
-            last,
-            "NHD",
-            use_tensor_cores=common.tensor_cores,
-        )
-        # Its constructor takes no backend; what it would choose itself is what this is about.
-        wrapper._backend = common.backend
-        self._wrapper = _Wrapper(common, wrapper)
+
+        def make() -> Any:
+            wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
+                common.partial,
+                starts,
+                pages,
+                last,
+                "NHD",
+                use_tensor_cores=common.tensor_cores,
+            )
+            # Its constructor takes no backend; what it would choose itself is what this is about.
+            wrapper._backend = common.backend
+            return wrapper
+
+        self._wrappers = _Wrappers(common, make)
         self._common = common
-        # The wrapper's plan fills the starts.
+        # Each wrapper's plan fills the starts, alike.
         self._places = Places(None, positions, starts, pages)
         layout = spare_layout([1], common.cache.shape.page_size)
         self.plan(layout)
-        self.runs = self._wrapper.check_backend("graph decode")
+        self.runs = self._wrappers.check_backend("graph decode")
         padded = _pad(layout, sequences)
-        self._wrapper.check_workspace(f"graph decode of {sequences} sequences", padded)
+        self._wrappers.check_workspace(f"graph decode of {sequences} sequences", padded)
 
     def plan(self, layout: StepLayout) -> None:
         """Also before each replay: a replay with a stale plan reads the wrong keys."""
         padded = _pad(layout, self._sequences)
         upload_to(self._buffer, np.concatenate((padded.context_lens - 1, padded.pages)))
-        # It copies the pages to where they are already.
-        self._wrapper.plan(padded, self._places.pages[: len(padded.pages)])
+        # They copy the pages to where they are already.
+        self._wrappers.plan(padded, self._places.pages[: len(padded.pages)])
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         q = place(qkv, heads, self._places, self._common.cache.layer(layer))
-        return self._wrapper.run(layer, q)
+        return self._wrappers.run(layer, q)
 
 
 class PieceAttention:
@@ -267,25 +287,57 @@ class _Common:
 
     cache: KVCache
     heads: int
-    workspace: Workspace
+    kinds: tuple[AttentionKind, ...]
+    """of each layer"""
+    partial: torch.Tensor
+    """what the workspaces share"""
+    workspaces: dict[AttentionKind, Workspace]
     tensor_cores: bool
     """of decode"""
     backend: Backend
 
 
-class _Wrapper:
-    """One wrapper of FlashInfer's, planned in the shared workspace."""
+class _Wrappers:
+    """One wrapper for each kind of attention: windows and caps are compiled in, and planned for."""
 
-    def __init__(self, common: _Common, wrapper: Any, prefill: bool = False) -> None:
-        self._common = common
-        self._wrapper = wrapper
-        self._prefill = prefill
-        common.workspace.share_with(wrapper)
+    def __init__(self, common: _Common, make: Callable[[], Any], prefill: bool = False) -> None:
+        self._of_kind = {
+            kind: _Wrapper(common, kind, make(), prefill) for kind in common.workspaces
+        }
+        self._of_layer = [self._of_kind[kind] for kind in common.kinds]
 
     def plan(self, layout: StepLayout, pages: torch.Tensor) -> None:
         """``pages``: the layout's, on the device; a copy from the host would be waited for."""
+        for wrapper in self._of_kind.values():
+            wrapper.plan(layout, pages)
+
+    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._of_layer[layer].run(layer, q, out)
+
+    def check_backend(self, name: str) -> str:
+        """As ``_Wrapper``'s, of every one; they are told the same."""
+        return [wrapper.check_backend(name) for wrapper in self._of_kind.values()][-1]
+
+    def check_workspace(self, what: str, layout: StepLayout) -> None:
+        """As ``_Wrapper``'s, of every one."""
+        for wrapper in self._of_kind.values():
+            wrapper.check_workspace(what, layout)
+
+
+class _Wrapper:
+    """One wrapper of FlashInfer's, planned in the workspace of its kind."""
+
+    def __init__(self, common: _Common, kind: AttentionKind, wrapper: Any, prefill: bool) -> None:
+        self._common = common
+        self._kind = kind
+        self._workspace = common.workspaces[kind]
+        self._wrapper = wrapper
+        self._prefill = prefill
+        self._workspace.share_with(wrapper)
+
+    def plan(self, layout: StepLayout, pages: torch.Tensor) -> None:
         arguments, options = self._arguments(layout, pages)
-        with self._common.workspace.staged(self._wrapper):
+        with self._workspace.staged(self._wrapper):
             self._wrapper.plan(*arguments, **options)
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -317,7 +369,7 @@ class _Wrapper:
         arguments, options = self._arguments(layout, torch.from_numpy(layout.pages))
         with contextlib.suppress(AttributeError, NotImplementedError):
             needed = self._wrapper.workspace_size(*arguments, **options)
-            self._common.workspace.check(what, needed)
+            self._workspace.check(what, needed)
 
     def _arguments(
         self, layout: StepLayout, pages: torch.Tensor
@@ -332,7 +384,15 @@ class _Wrapper:
             shape.head_dim,
             shape.page_size,
         ]
-        options: dict[str, Any] = {"q_data_type": dtype, "kv_data_type": dtype}
+        kind = self._kind
+        options: dict[str, Any] = {
+            "q_data_type": dtype,
+            "kv_data_type": dtype,
+            # It counts those before a token only, and knows no window as -1.
+            "window_left": (kind.window or 0) - 1,
+            "logits_soft_cap": kind.soft_cap,
+            "sm_scale": kind.scale,
+        }
         if self._prefill:
             arguments.insert(0, torch.from_numpy(layout.query_starts))
             options["causal"] = True

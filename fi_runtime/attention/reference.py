@@ -1,5 +1,6 @@
 """Paged attention in plain torch, on any device: what the kernels are measured against."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from fi_runtime.attention.base import StepLayout
+from fi_runtime.attention.base import AttentionKind, StepLayout, plain_kinds
 from fi_runtime.cache.kv_cache import KVCache
 from fi_runtime.kernels.heads import Heads, turned
 
@@ -21,15 +22,22 @@ class _Group:
     """(sequences * queries,): which of the step's tokens."""
     slots: torch.Tensor
     """(sequences, longest context): cache slots to read, the spare page's where there are none."""
-    mask: torch.Tensor
-    """(sequences, 1, queries, longest context): true where a query may look."""
+    masks: dict[int | None, torch.Tensor]
+    """For each window: (sequences, 1, queries, longest context), true where a query may look."""
 
 
 class ReferenceAttention:
-    """Gathers each sequence's keys and values through its page table, then attends to them."""
+    """Gathers each sequence's keys and values through its page table, then attends to them.
 
-    def __init__(self, cache: KVCache) -> None:
+    Args:
+        cache: on any device.
+        kinds: of each layer; default: plain.
+    """
+
+    def __init__(self, cache: KVCache, kinds: Sequence[AttentionKind] | None = None) -> None:
         self._cache = cache
+        self._kinds = kinds or plain_kinds(cache.shape.layers, cache.shape.head_dim)
+        self._windows = {kind.window for kind in self._kinds}
         self._device = cache.data.device
         self._groups: list[_Group] = []
         self._write_slots = torch.empty(0, dtype=torch.int64, device=self._device)
@@ -54,17 +62,17 @@ class ReferenceAttention:
         keys, values = (side.flatten(0, 1) for side in self._cache.layer(layer))
         keys[self._write_slots] = k
         values[self._write_slots] = v
-        out = torch.empty_like(q)
+        kind, out = self._kinds[layer], torch.empty_like(q)
         for group in self._groups:
             sequences = group.slots.shape[0]
             # (sequences, heads, queries or context, head_dim), as the library wants them
             queries = q[group.rows].view(sequences, -1, *q.shape[1:]).transpose(1, 2)
-            attended = scaled_dot_product_attention(
+            attended = _attend(
                 queries,
                 keys[group.slots].transpose(1, 2),
                 values[group.slots].transpose(1, 2),
-                attn_mask=group.mask,
-                enable_gqa=True,
+                group.masks[kind.window],
+                kind,
             )
             out[group.rows] = attended.transpose(1, 2).flatten(0, 1)
         return out
@@ -80,12 +88,36 @@ class ReferenceAttention:
             slots[row, : contexts[row]] = own.reshape(-1)[: contexts[row]]
         rows = layout.query_starts[members][:, None] + np.arange(queries)
         positions = contexts[:, None] - queries + np.arange(queries)  # (sequences, queries)
-        mask = np.arange(longest) <= positions[:, :, None]
+        # Of each query and key, how far back the key is.
+        back = positions[:, None, :, None] - np.arange(longest)
         return _Group(
             rows=self._to_device(rows.reshape(-1).astype(np.int64)),
             slots=self._to_device(slots),
-            mask=self._to_device(mask[:, None]),
+            masks={
+                window: self._to_device((back >= 0) & (back < (window or longest)))
+                for window in self._windows
+            },
         )
 
     def _to_device(self, array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device)
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, kind: AttentionKind
+) -> torch.Tensor:
+    """Where the mask is true: (sequences, heads, queries, head_dim), the shape of ``q``.
+
+    ``k``, ``v``: (sequences, kv_heads, context, head_dim).
+    """
+    if kind.soft_cap is None:
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=kind.scale, enable_gqa=True
+        )
+    # The library has no place for a cap.
+    groups = q.shape[1] // k.shape[1]
+    k, v = (side.repeat_interleave(groups, dim=1) for side in (k, v))
+    scores = q @ k.transpose(-1, -2) * kind.scale
+    capped = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
+    weights = capped.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    return weights.to(q.dtype) @ v

@@ -15,17 +15,18 @@ MIN_PLAN_BYTES = 8 << 20
 class Workspace:
     """Partial results of split contexts, and the plans that say who computes which split.
 
-    One wrapper plans and runs at a time, in the order of one stream, so that one workspace is
-    enough for all of them.
+    One wrapper runs at a time, in the order of one stream, so that one place for partial results
+    is enough for all of them. A plan must last for its step, in which each kind of attention has
+    one: a workspace each.
 
     Args:
-        partial_bytes: for partial results, on the device.
+        partial: for partial results; bytes, on the device.
         plan_bytes: for a plan, on the device, and twice in pinned memory to copy it from.
     """
 
-    def __init__(self, partial_bytes: int, plan_bytes: int, device: torch.device) -> None:
-        self.partial = torch.empty(partial_bytes, dtype=torch.uint8, device=device)
-        self.plan = torch.empty(plan_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, partial: torch.Tensor, plan_bytes: int) -> None:
+        self.partial = partial
+        self.plan = torch.empty(plan_bytes, dtype=torch.uint8, device=partial.device)
         self._staging = [
             (
                 torch.empty(plan_bytes, dtype=torch.uint8, pin_memory=True),
