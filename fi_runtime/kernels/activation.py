@@ -1,5 +1,7 @@
 """Gated activations."""
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -17,3 +19,22 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gate) * up
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up likewise, with gelu's tanh approximation (Hendrycks and Gimpel, 2016)."""
+    if gate_up.is_cuda:
+        out: torch.Tensor = flashinfer().activation.gelu_tanh_and_mul(gate_up)
+        return out
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.gelu(gate, approximate="tanh") * up
+
+
+GatedActivation = Callable[[torch.Tensor], torch.Tensor]
+"""(tokens, 2 * size) -> (tokens, size)"""
+
+GATED_ACTIVATIONS: dict[str, GatedActivation] = {
+    "silu": silu_and_mul,
+    "gelu_pytorch_tanh": gelu_tanh_and_mul,
+}
+"""By the names that config.json calls the activations by."""

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from fi_runtime.kernels.norm import rms_norm_reference
+from fi_runtime.kernels.norm import offset_rms_norm_reference, rms_norm_reference
 from fi_runtime.kernels.own import own
 
 
@@ -20,13 +20,22 @@ class Heads:
     kv_heads: int
     head_dim: int
     cos_sin: torch.Tensor | None = None
-    """(positions, head_dim), float32: the cosines of head_dim / 2 angles, then their sines. Each
-    head's element i turns with element i + head_dim / 2 by its angle (Su et al., 2021)."""
+    """(positions, rotary_dim), float32: the cosines of rotary_dim / 2 angles, then their sines.
+    Each head's element i turns with element i + rotary_dim / 2 by its angle (Su et al., 2021);
+    those from rotary_dim on stay."""
     q_norm: torch.Tensor | None = None
     k_norm: torch.Tensor | None = None
     """(head_dim,): weights of the norms that come before the turning"""
     eps: float = 0.0
     """of the norms"""
+    norms_add_one: bool = False
+    """whether the norms multiply by 1 + weight"""
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether a GPU's kernel does all of it; else plain torch does it there, too."""
+        whole = self.cos_sin is None or self.cos_sin.shape[1] == self.head_dim
+        return whole and not (self.norms_add_one and self.q_norm is not None)
 
 
 class Places(NamedTuple):
@@ -61,7 +70,7 @@ def place(
     if out is None:
         shape = (len(qkv), heads.heads, heads.head_dim)
         out = torch.empty(shape, dtype=qkv.dtype, device=qkv.device)
-    if qkv.is_cuda:
+    if qkv.is_cuda and heads.has_kernel:
         own().place_qkv(
             qkv, out, heads.q_norm, heads.k_norm, heads.cos_sin, *cache, *places, heads.eps
         )
@@ -80,7 +89,7 @@ def place_reference(
     """``place`` in plain torch."""
     q, *sides = turned(qkv, heads, places.positions)
     out.copy_(q)
-    rows = torch.arange(len(qkv)) if places.rows is None else places.rows.long()
+    rows = torch.arange(len(qkv), device=qkv.device) if places.rows is None else places.rows.long()
     page_size = cache[0].shape[1]
     pages = places.pages[(places.page_starts[rows] + places.positions // page_size).long()].long()
     for side, values in zip(cache, sides, strict=True):
@@ -101,10 +110,11 @@ def turned(
     """
     split = [heads.heads, heads.kv_heads, heads.kv_heads]
     q, k, v = torch.split(qkv.view(len(qkv), -1, heads.head_dim), split, dim=1)
+    norm = offset_rms_norm_reference if heads.norms_add_one else rms_norm_reference
     if heads.q_norm is not None:
-        q = rms_norm_reference(q, heads.q_norm, heads.eps)
+        q = norm(q, heads.q_norm, heads.eps)
     if heads.k_norm is not None:
-        k = rms_norm_reference(k, heads.k_norm, heads.eps)
+        k = norm(k, heads.k_norm, heads.eps)
     if heads.cos_sin is not None:
         cos, sin = heads.cos_sin[positions].unsqueeze(1).to(q.dtype).chunk(2, dim=-1)
         q, k = _turn(q, cos, sin), _turn(k, cos, sin)
@@ -112,5 +122,6 @@ def turned(
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

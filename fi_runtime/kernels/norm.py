@@ -38,3 +38,30 @@ def add_rms_norm(
         return x, residual
     residual = residual + x
     return rms_norm_reference(residual, weight, eps), residual
+
+
+def offset_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """As ``rms_norm``, times 1 + weight (Gemma team, 2024)."""
+    if x.is_cuda:
+        rows = x.reshape(-1, x.shape[-1])
+        out: torch.Tensor = flashinfer().norm.gemma_rmsnorm(rows, weight, eps)
+        return out.view(x.shape)
+    return offset_rms_norm_reference(x, weight, eps)
+
+
+def offset_rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """In float32 up to the end: 1 + weight has no room in a narrower one."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * scale * (1.0 + weight.float())).to(x.dtype)
+
+
+def add_offset_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As ``add_rms_norm``, times 1 + weight."""
+    if x.is_cuda:
+        flashinfer().norm.gemma_fused_add_rmsnorm(x, residual, weight, eps)
+        return x, residual
+    residual = residual + x
+    return offset_rms_norm_reference(residual, weight, eps), residual

@@ -1,7 +1,7 @@
 import torch
 
 from fi_runtime.kernels import projection
-from fi_runtime.kernels.activation import silu_and_mul
+from fi_runtime.kernels.activation import GatedActivation, silu_and_mul
 from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.norm import RMSNorm
 
@@ -35,23 +35,32 @@ class ResidualStream:
         self, norm: RMSNorm, linear: Linear, out: torch.Tensor | None = None
     ) -> torch.Tensor:
         """linear(norm): (tokens, out); written to ``out`` if it is given."""
-        if projection.is_few(self._x, linear.weight):
+        if norm.in_projections and projection.is_few(self._x, linear.weight):
             return projection.norm_linear(
                 self.total, norm.weight, norm.eps, linear.weight, linear.bias, out
             )
         return linear(self.normed(norm), out)
 
-    def project_gated(self, norm: RMSNorm, gate_up: Linear) -> torch.Tensor:
-        """silu(gate) * up of linear(norm), gate first: (tokens, out / 2)."""
-        if projection.is_few(self._x, gate_up.weight):
+    def project_gated(
+        self, norm: RMSNorm, gate_up: Linear, activation: GatedActivation
+    ) -> torch.Tensor:
+        """The activation of linear(norm), gate first: (tokens, out / 2)."""
+        known = norm.in_projections and activation is silu_and_mul
+        if known and projection.is_few(self._x, gate_up.weight):
             return projection.norm_linear_silu_and_mul(
                 self.total, norm.weight, norm.eps, gate_up.weight, gate_up.bias
             )
-        return silu_and_mul(gate_up(self.normed(norm)))
+        return activation(gate_up(self.normed(norm)))
 
-    def add(self, x: torch.Tensor, linear: Linear) -> None:
-        """Add linear(x), of ``x``: (tokens, in)."""
-        if projection.is_few(x, linear.weight):
+    def add(self, x: torch.Tensor, linear: Linear, norm: RMSNorm | None = None) -> None:
+        """Add linear(x), or its norm if there is one, of ``x``: (tokens, in)."""
+        if norm is not None:
+            self.add_all(norm(linear(x)))
+        elif projection.is_few(x, linear.weight):
             projection.add_linear(self.total, x, linear.weight, linear.bias)
         else:
-            self._x, self._added = self.total, linear(x)
+            self.add_all(linear(x))
+
+    def add_all(self, x: torch.Tensor) -> None:
+        """Add ``x``: (tokens, hidden)."""
+        self._x, self._added = self.total, x

@@ -11,15 +11,26 @@ class SelfAttention:
     Args:
         qkv: hidden -> what ``heads`` says.
         out: heads * head_dim -> hidden.
+        post_norm: of what is added, if there is one.
     """
 
-    def __init__(self, layer: int, norm: RMSNorm, qkv: Linear, heads: Heads, out: Linear) -> None:
+    def __init__(
+        self,
+        layer: int,
+        norm: RMSNorm,
+        qkv: Linear,
+        heads: Heads,
+        out: Linear,
+        post_norm: RMSNorm | None = None,
+    ) -> None:
         self._layer = layer
         self._norm = norm
         self._qkv = qkv
         self._heads = heads
         self._out = out
+        self._post_norm = post_norm
 
     def __call__(self, residual: ResidualStream, attention: Attention) -> None:
         qkv = residual.project(self._norm, self._qkv)
-        residual.add(attention(self._layer, qkv, self._heads).flatten(1), self._out)
+        attended = attention(self._layer, qkv, self._heads).flatten(1)
+        residual.add(attended, self._out, self._post_norm)

@@ -1,0 +1,43 @@
+import torch
+
+from fi_runtime.kernels.activation import GatedActivation
+from fi_runtime.kernels.moe import experts, route
+from fi_runtime.layers.linear import Linear
+from fi_runtime.layers.norm import RMSNorm
+from fi_runtime.layers.residual import ResidualStream
+
+
+class MixtureOfExperts:
+    """Adds a gated MLP of the norm, of which each token uses some parts (Shazeer et al., 2017).
+
+    Args:
+        router: hidden -> experts.
+        gate_up: (experts, 2 * size, hidden), the gate first.
+        down: (experts, hidden, size).
+        per_token: experts that each token uses.
+        normalised: whether their weights are scaled to a sum of 1.
+        activation: of each.
+    """
+
+    def __init__(
+        self,
+        norm: RMSNorm,
+        router: Linear,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        per_token: int,
+        normalised: bool,
+        activation: GatedActivation,
+    ) -> None:
+        self._norm = norm
+        self._router = router
+        self._gate_up = gate_up
+        self._down = down
+        self._per_token = per_token
+        self._normalised = normalised
+        self._activation = activation
+
+    def __call__(self, residual: ResidualStream) -> None:
+        x = residual.normed(self._norm)
+        weights, chosen = route(self._router(x), self._per_token, self._normalised)
+        residual.add_all(experts(x, weights, chosen, self._gate_up, self._down, self._activation))
