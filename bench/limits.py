@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fi_runtime.engine.build import weight_bytes
-from fi_runtime.models import ARCHITECTURES, load_model_config
+from fi_runtime.models import load_model_config
 
 PREFILL_FLOPS = 650e12
 """a second: dense bfloat16 matrix products of large prompts on an H100, as peers' limits assume"""
@@ -49,7 +49,7 @@ def limits_of(checkpoint: Path, bytes_per_s: float) -> Limits:
     Args:
         bytes_per_s: that a copy within the GPU's memory moves, reading and writing counted.
     """
-    config = load_model_config(checkpoint, list(ARCHITECTURES))
+    config = load_model_config(checkpoint)
     size = torch.bfloat16.itemsize
     head = config.vocab_size * config.hidden_size * size
     once = weight_bytes(config, torch.bfloat16) - (0 if config.tied_embeddings else head)

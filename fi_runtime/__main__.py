@@ -13,15 +13,14 @@ import typer
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from fi_runtime.attention.flashinfer import check_head_dim
 from fi_runtime.config import ConfigError, Device
 from fi_runtime.doctor import examine, print_report, report_json
-from fi_runtime.engine.build import compute_dtype
+from fi_runtime.engine.build import check_has_kernels, compute_dtype
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.prebuild import prebuild as compile_modules
 from fi_runtime.messages import SamplingParams
-from fi_runtime.models import ARCHITECTURES, load_model_config
+from fi_runtime.models import load_model_config
 from fi_runtime.models.tokenizer import tokenizer_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -95,8 +94,8 @@ def prebuild(
     """Compile the GPU kernels that a model needs, so that a server need not. Needs no GPU."""
     with told_errors():
         config = read_engine_config(model, "cuda")
-        shape = load_model_config(Path(config.checkpoint), list(ARCHITECTURES))
-        check_head_dim(shape.head_dim)
+        shape = load_model_config(Path(config.checkpoint))
+        check_has_kernels(shape)
         # What auto would choose is for the GPU to say; one of these it is.
         both = fa3 or config.attention_backend != "fa2"
         compile_modules(

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fi_runtime import shared_memory
-from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, check_head_dim
+from fi_runtime.attention.flashinfer import FlashInferAttention, Limits
 from fi_runtime.attention.timing import (
     DecodeShape,
     memory_bandwidth,
@@ -29,7 +29,12 @@ from fi_runtime.attention.timing import (
 )
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend, ConfigError, EngineConfig
-from fi_runtime.engine.build import available_memory, compute_dtype, weight_bytes
+from fi_runtime.engine.build import (
+    available_memory,
+    check_has_kernels,
+    compute_dtype,
+    weight_bytes,
+)
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.library import (
     check_gpu,
@@ -38,7 +43,7 @@ from fi_runtime.kernels.library import (
     prebuilt_manifest,
     use_prebuilt,
 )
-from fi_runtime.models import ARCHITECTURES, CheckpointWeights, ModelConfig, load_model_config
+from fi_runtime.models import CheckpointWeights, ModelConfig, load_model_config
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +109,7 @@ def examine(model_folder: Path) -> Report:
     checks = [_python(), _torch(gpu), _driver(), *_gpus(gpu), library, _shared_memory()]
     try:
         config = read_engine_config(model_folder, "cuda" if gpu else "cpu")
-        model = load_model_config(Path(config.checkpoint), list(ARCHITECTURES))
+        model = load_model_config(Path(config.checkpoint))
     except ConfigError as error:
         checks.append(Check("checkpoint", "cannot be read", "problem", str(error)))
         return Report(checks)
@@ -346,7 +351,7 @@ def _attention(model: ModelConfig, dtype: torch.dtype) -> Check:
     value = f"heads of {model.head_dim} in {str(dtype).removeprefix('torch.')}"
     try:
         check_gpu(dtype)
-        check_head_dim(model.head_dim)
+        check_has_kernels(model)
     except ConfigError as error:
         return Check("attention", value, "problem", str(error))
     return Check("attention", value)
@@ -360,7 +365,9 @@ def _wrappers(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> I
     limits = Limits(config.step_tokens, config.max_sequences, context)
     try:
         cache = KVCache(shape, dtype, torch.device("cuda"))
-        attention = FlashInferAttention(cache, model.heads, limits, config.attention_backend)
+        attention = FlashInferAttention(
+            cache, model.heads, limits, config.attention_backend, model.attention
+        )
         attention.for_graph(1)
     except Exception as error:  # also what FlashInfer or a compiler makes of this machine
         yield Check("wrappers", "cannot run", "problem", one_line(error))

@@ -17,7 +17,7 @@ from fi_runtime.engine.build import weight_bytes
 from fi_runtime.engine.core import Engine
 from fi_runtime.engine.phases import Phases
 from fi_runtime.messages import SamplingParams
-from fi_runtime.models import ARCHITECTURES, load_model_config
+from fi_runtime.models import load_model_config
 from tests.conftest import write_twin
 
 PUBLISHED = {
@@ -31,7 +31,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_have_as_many_parameters_as_the_published_models(name: str, tmp_path: Path) -> None:
     write_shape(name, tmp_path)
-    config = load_model_config(tmp_path, list(ARCHITECTURES))
+    config = load_model_config(tmp_path)
     assert weight_bytes(config, torch.bfloat16) == 2 * PUBLISHED[name]
     assert config.eos_ids == ()
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))

@@ -54,11 +54,15 @@ def test_missing_files(folder: Path) -> None:
     [
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "LlamaForCausalLM"]),
         ({"architectures": None}, ["architecture none", "Qwen3ForCausalLM"]),
-        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"]),
+        ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu' and 'gelu_pytorch_tanh'"]),
         ({"num_key_value_heads": 4}, ["num_attention_heads=6", "num_key_value_heads=4"]),
         (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            ["rope type 'dynamic'", "llama3"],
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
+            ["rope type 'proportional'", "llama3"],
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            ["partial_rotary_factor is 0.5", "supported is 1"],
         ),
         ({"hidden_size": "wide"}, ["hidden_size"]),
         (

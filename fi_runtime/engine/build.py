@@ -44,12 +44,12 @@ def build(config: EngineConfig, phases: Phases) -> Built:
     """
     device = _device(config)
     torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // 2))
-    model_config = load_model_config(Path(config.checkpoint), list(ARCHITECTURES))
+    model_config = load_model_config(Path(config.checkpoint))
     dtype = compute_dtype(config)
     _check_max_context(config, model_config)
     if device.type == "cuda":
         check_gpu(dtype)
-        check_head_dim(model_config.head_dim)
+        check_has_kernels(model_config)
         _find_kernels(Path(config.kernels))
     phases.end("checks")
     model = _load(config, model_config, dtype, device)
@@ -78,10 +78,24 @@ def compute_dtype(config: EngineConfig) -> torch.dtype:
     return torch.float32 if config.device == "cpu" else torch.bfloat16
 
 
+def check_has_kernels(model: ModelConfig) -> None:
+    """Refuse a model that there are no GPU kernels for.
+
+    Raises:
+        ConfigError: says what was found and what is possible.
+    """
+    check_head_dim(model.head_dim)
+    if model.experts and model.experts.layers:
+        raise ConfigError(
+            f"{model.architecture}: its experts have no GPU kernel yet; such a model runs on the "
+            "CPU only (KIND_CPU)"
+        )
+
+
 def weight_bytes(model_config: ModelConfig, dtype: torch.dtype) -> int:
     """What a model's weights take, without reading them."""
     counted = CountedWeights(dtype)
-    ARCHITECTURES[model_config.architecture](model_config, counted, 1)
+    ARCHITECTURES[model_config.architecture].build(model_config, counted, 1)
     return counted.nbytes
 
 
@@ -124,7 +138,7 @@ def _load(
     else:
         weights = CheckpointWeights(folder, dtype, device)
     positions = config.max_context or model_config.max_position
-    model = ARCHITECTURES[model_config.architecture](model_config, weights, positions)
+    model = ARCHITECTURES[model_config.architecture].build(model_config, weights, positions)
     weights.close()
     return model
 
@@ -136,9 +150,8 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     fitting = available_memory(device) * 3 // 4 // (shape.nbytes(dtype) // shape.tokens)
     _check_cache(shape, dtype, fitting)
     cache = KVCache(shape, dtype, device)
-    runner = Runner(
-        model, ReferenceAttention(cache), config.page_size, _last_tokens(config, device)
-    )
+    attention = ReferenceAttention(cache, model.config.attention)
+    runner = Runner(model, attention, config.page_size, _last_tokens(config, device))
     return Built(model.config, runner, shape.pages, _max_context(config, model.config, shape))
 
 
@@ -173,7 +186,9 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     _check_cache(shape, dtype, fitting)
     max_context = _max_context(config, model.config, shape)
     cache = KVCache(shape, dtype, device)
-    attention = FlashInferAttention(cache, model.config.heads, limits, config.attention_backend)
+    attention = FlashInferAttention(
+        cache, model.config.heads, limits, config.attention_backend, model.config.attention
+    )
     phases.end("cache")
     last_tokens = _last_tokens(config, device)
     graphs = DecodeGraphs(model, attention, sizes, last_tokens) if sizes else None

@@ -36,7 +36,7 @@ def room_for_cache(
     # The spare page, and one that nobody asks for.
     shape = CacheShape(config.layers, 2, page_size, config.kv_heads, config.head_dim)
     cache = KVCache(shape, model.embedding.dtype, model.embedding.device)
-    attention = FlashInferAttention(cache, config.heads, limits, backend)
+    attention = FlashInferAttention(cache, config.heads, limits, backend, config.attention)
     _run_largest_step(model, attention, limits, page_size)
     step = _in_use() - weights
     # Captures give back what torch keeps of the step, which the next step will take again.

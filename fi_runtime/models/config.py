@@ -1,19 +1,36 @@
 """What a checkpoint's config.json says of its shape."""
 
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers import PretrainedConfig
 
+from fi_runtime.attention.base import AttentionKind
 from fi_runtime.config import ConfigError
+from fi_runtime.kernels.activation import GATED_ACTIVATIONS
+from fi_runtime.models.rope import Rope, head_dim, read_rope
 
-# Scalings whose frequencies do not depend on how long the sequence has become.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+log = logging.getLogger(__name__)
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Layers whose MLP is a mixture of experts, of which a router chooses some for each token."""
+
+    layers: frozenset[int]
+    count: int
+    per_token: int
+    intermediate_size: int
+    """of one"""
+    normalised: bool
+    """whether the weights of those chosen are scaled to a sum of 1"""
 
 
 @dataclass(frozen=True)
@@ -29,67 +46,110 @@ class ModelConfig:
     kv_heads: int
     head_dim: int
     norm_eps: float
-    attention_bias: bool
+    activation: str
+    """of the MLP, as config.json calls it"""
+    qkv_bias: bool
+    out_bias: bool
+    """of attention's output projection"""
     mlp_bias: bool
     tied_embeddings: bool
     max_position: int
-    eos_ids: tuple[int, ...]
-    inverse_frequencies: torch.Tensor
-    """(head_dim / 2,), float32, radians a position, on the CPU"""
-    rope_scaling: float
+    attention: tuple[AttentionKind, ...]
+    """of each layer"""
+    ropes: tuple[Rope, ...]
+    """of each layer"""
+    eos_ids: tuple[int, ...] = ()
+    embedding_scale: float = 1.0
+    """by which rows of the embedding are multiplied"""
+    final_soft_cap: float | None = None
+    """logits x become final_soft_cap * tanh(x / final_soft_cap)"""
+    experts: Experts | None = None
 
 
-def load_model_config(folder: Path, architectures: list[str]) -> ModelConfig:
-    """Read config.json, and generation_config.json where there is one.
+def read_common(
+    found: PretrainedConfig,
+    *,
+    windows: Sequence[int | None] | None = None,
+    soft_cap: float | None = None,
+    scale: float | None = None,
+    ropes: Sequence[Rope] | None = None,
+) -> ModelConfig:
+    """What most families call by the same names.
+
+    Args:
+        found: the checkpoint's config.json.
+        windows: of attention, for each layer; default: none has one.
+        soft_cap: of attention.
+        scale: of attention; default: 1 / sqrt(head_dim).
+        ropes: of each layer; default: all that of ``rope_parameters``.
 
     Raises:
-        ConfigError: a file missing or malformed, or something in it that cannot be served; says
-            which file, what was found and what was expected.
+        ConfigError: something in it cannot be served; says what was found and what is supported.
     """
-    path = folder / "config.json"
-    found = read_json(path).get("architectures") or ["none"]
-    if found[0] not in architectures:
+    name = "hidden_activation" if hasattr(found, "hidden_activation") else "hidden_act"
+    activation = getattr(found, name)
+    if activation not in GATED_ACTIVATIONS:
+        known = " and ".join(map(repr, GATED_ACTIVATIONS))
+        raise ConfigError(f"{name} is {activation!r}; supported are {known}")
+    if getattr(found, "quantization_config", None):
         raise ConfigError(
-            f"{path}: architecture {found[0]} is not supported; "
-            f"supported are {', '.join(architectures)}"
+            f"has a quantization_config; supported are checkpoints in {', '.join(DTYPES)}"
         )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever a malformed file makes transformers raise
-        raise ConfigError(f"{path}: {error}") from error
-    if getattr(config, "hidden_act", "silu") != "silu":
-        raise ConfigError(f"{path}: hidden_act is {config.hidden_act!r}; supported is 'silu'")
-    if getattr(config, "quantization_config", None):
-        raise ConfigError(
-            f"{path}: has a quantization_config; supported are checkpoints in {', '.join(DTYPES)}"
-        )
-    if getattr(config, "use_sliding_window", False):
-        raise ConfigError(f"{path}: use_sliding_window is true; supported is false")
-    heads = int(config.num_attention_heads)
-    kv_heads = int(config.num_key_value_heads or heads)
+    if getattr(found, "use_bidirectional_attention", False):
+        raise ConfigError("use_bidirectional_attention is true; supported is false")
+    layers, heads = int(found.num_hidden_layers), int(found.num_attention_heads)
+    kv_heads = int(found.num_key_value_heads or heads)
     if heads % kv_heads:
         raise ConfigError(
-            f"{path}: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
         )
-    frequencies, scaling = _rope(config, path)
+    windows = windows or [None] * layers
+    if any(window is not None and window < 1 for window in windows):
+        raise ConfigError(f"sliding_window is {found.sliding_window}; supported are 1 and more")
+    ropes = ropes or [read_rope(found)] * layers
+    max_position = min(found.max_position_embeddings, *(rope.max_position for rope in ropes))
+    if max_position < found.max_position_embeddings:
+        log.warning(
+            "contexts are of up to %d tokens, not %d: beyond, longrope turns the keys of all "
+            "tokens by other angles, also of those that are in the cache",
+            max_position,
+            found.max_position_embeddings,
+        )
+    size = head_dim(found)
+    scale = size**-0.5 if scale is None else scale
+    attention_bias = bool(getattr(found, "attention_bias", False))
     return ModelConfig(
-        architecture=found[0],
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        layers=config.num_hidden_layers,
+        architecture=found.architectures[0],
+        vocab_size=found.vocab_size,
+        hidden_size=found.hidden_size,
+        intermediate_size=found.intermediate_size,
+        layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=_head_dim(config),
-        norm_eps=config.rms_norm_eps,
-        attention_bias=bool(getattr(config, "attention_bias", False)),
-        mlp_bias=bool(getattr(config, "mlp_bias", False)),
-        tied_embeddings=bool(config.tie_word_embeddings),
-        max_position=config.max_position_embeddings,
-        eos_ids=_eos_ids(folder, config),
-        inverse_frequencies=frequencies,
-        rope_scaling=scaling,
+        head_dim=size,
+        norm_eps=found.rms_norm_eps,
+        activation=activation,
+        qkv_bias=attention_bias,
+        out_bias=attention_bias,
+        mlp_bias=bool(getattr(found, "mlp_bias", False)),
+        tied_embeddings=bool(found.tie_word_embeddings),
+        max_position=max_position,
+        attention=tuple(AttentionKind(scale, window, soft_cap) for window in windows),
+        ropes=tuple(ropes),
     )
+
+
+def windows_by_type(found: PretrainedConfig) -> list[int | None]:
+    """The window of each layer, where ``layer_types`` says which have one.
+
+    Raises:
+        ConfigError: a type that is not known.
+    """
+    known = {"full_attention": None, "sliding_attention": found.sliding_window}
+    for kind in found.layer_types:
+        if kind not in known:
+            raise ConfigError(f"layer_types has {kind!r}; supported are {' and '.join(known)}")
+    return [known[kind] for kind in found.layer_types]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -110,37 +170,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: holds a {type(value).__name__}; expected an object")
     return value
-
-
-def _head_dim(config: PretrainedConfig) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-
-
-def _eos_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
-    """generation_config.json's end-of-sequence tokens, else config.json's."""
-    path = folder / "generation_config.json"
-    generation = read_json(path) if path.exists() else {}
-    ids = generation.get("eos_token_id", config.eos_token_id)
-    if ids is None:
-        return ()
-    return (ids,) if isinstance(ids, int) else tuple(ids)
-
-
-def _rope(config: PretrainedConfig, path: Path) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies (head_dim / 2,) and the factor on the result."""
-    parameters = config.rope_parameters
-    kind = parameters.get("rope_type", "default")
-    if kind not in ROPE_TYPES:
-        raise ConfigError(
-            f"{path}: rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{path}: partial_rotary_factor is not 1; supported is 1")
-    if kind != "default":
-        frequencies, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        return frequencies.float(), float(scaling)
-    head_dim = _head_dim(config)
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    return 1.0 / parameters["rope_theta"] ** exponents, 1.0

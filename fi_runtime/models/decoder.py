@@ -1,25 +1,31 @@
 """The decoder that most families are: pre-norm, rotary, grouped-query attention, gated MLP."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fi_runtime.attention.base import Attention
+from fi_runtime.kernels.activation import GATED_ACTIVATIONS
 from fi_runtime.kernels.embedding import embed
 from fi_runtime.kernels.heads import Heads
 from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.mlp import GatedMLP
-from fi_runtime.layers.norm import RMSNorm
+from fi_runtime.layers.norm import OffsetRMSNorm, RMSNorm
 from fi_runtime.layers.residual import ResidualStream
 from fi_runtime.layers.self_attention import SelfAttention
 from fi_runtime.models.config import ModelConfig
+from fi_runtime.models.rope import Rope
 from fi_runtime.models.weights import Weights
+
+MLP = Callable[[ResidualStream], None]
+"""adds to what it reads"""
 
 
 @dataclass(frozen=True)
 class Block:
     attention: SelfAttention
-    mlp: GatedMLP
+    mlp: MLP
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,11 @@ class Decoder:
                 them.
             last_tokens: (slots,), int64.
         """
-        residual = ResidualStream(embed(tokens, last_tokens, self.embedding))
+        x = embed(tokens, last_tokens, self.embedding)
+        if self.config.embedding_scale != 1.0:
+            # Rounded first, as transformers does it.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
+        residual = ResidualStream(x)
         for block in self.blocks:
             block.attention(residual, attention)
             block.mlp(residual)
@@ -51,90 +61,137 @@ class Decoder:
 
     def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(rows, hidden) -> (rows, vocab), in the dtype of the weights; to ``out`` if given."""
-        return ResidualStream(hidden).project(self.norm, self.head, out)
+        logits = ResidualStream(hidden).project(self.norm, self.head, out)
+        cap = self.config.final_soft_cap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 class DecoderBuilder:
-    """Takes a decoder's tensors under the names that Llama's checkpoints gave them."""
+    """Takes a decoder's tensors under the names that Llama's checkpoints gave them.
+
+    What a family does otherwise, it overrides.
+
+    Args:
+        config: what the tensors' shapes are expected from.
+        weights: where they are taken from.
+        max_position: positions that the decoder is made for.
+    """
+
+    norm_type: type[RMSNorm] = RMSNorm
+    qk_norm = False
+    """whether each head's queries and keys are normalised before they turn"""
 
     def __init__(self, config: ModelConfig, weights: Weights, max_position: int) -> None:
         self.config = config
         self.weights = weights
-        hidden = weights.take("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self._embedding = hidden
-        # of each position's angles, as Heads holds them
-        positions = torch.arange(max_position, dtype=torch.float32, device=hidden.device)
-        angles = torch.outer(positions, config.inverse_frequencies.to(hidden.device))
-        self._cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1) * config.rope_scaling
+        self.activation = GATED_ACTIVATIONS[config.activation]
+        self.embedding = weights.take(
+            "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
+        )
+        device = self.embedding.device
+        # Layers that turn alike share a table.
+        self._cos_sin = {
+            rope: _cos_sin(rope, max_position, device) for rope in dict.fromkeys(config.ropes)
+        }
 
-    def build(self, qk_norm: bool) -> Decoder:
-        """``qk_norm``: whether each head's queries and keys are normalised before they turn."""
+    def build(self) -> Decoder:
+        return Decoder(
+            config=self.config,
+            embedding=self.embedding,
+            blocks=[self.block(layer) for layer in range(self.config.layers)],
+            norm=self.norm("model.norm"),
+            head=self.head(),
+        )
+
+    def head(self) -> Linear:
+        """(tokens, hidden) -> (tokens, vocab)."""
         config = self.config
         if config.tied_embeddings:
-            head = self._embedding
-        else:
-            head = self.weights.take("lm_head.weight", (config.vocab_size, config.hidden_size))
-        return Decoder(
-            config=config,
-            embedding=self._embedding,
-            blocks=[self._block(layer, qk_norm) for layer in range(config.layers)],
-            norm=self._norm("model.norm", config.hidden_size),
-            head=Linear(head),
-        )
+            return Linear(self.embedding)
+        return self.linear({"lm_head": config.vocab_size}, config.hidden_size, bias=False)
 
-    def _block(self, layer: int, qk_norm: bool) -> Block:
-        config, prefix = self.config, f"model.layers.{layer}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+    def block(self, layer: int) -> Block:
+        prefix = f"model.layers.{layer}"
         return Block(
-            attention=SelfAttention(
-                layer,
-                self._norm(f"{prefix}.input_layernorm", config.hidden_size),
-                qkv=self._linear(
-                    {f"{attention}.{name}": size for name, size in qkv.items()},
-                    config.hidden_size,
-                    config.attention_bias,
-                ),
-                heads=Heads(
-                    config.heads,
-                    config.kv_heads,
-                    config.head_dim,
-                    self._cos_sin,
-                    q_norm=self._head_norm(f"{attention}.q_norm") if qk_norm else None,
-                    k_norm=self._head_norm(f"{attention}.k_norm") if qk_norm else None,
-                    eps=config.norm_eps,
-                ),
-                out=self._linear(
-                    {f"{attention}.o_proj": config.hidden_size}, q_size, config.attention_bias
-                ),
-            ),
-            mlp=GatedMLP(
-                self._norm(f"{prefix}.post_attention_layernorm", config.hidden_size),
-                gate_up=self._linear(
-                    {f"{mlp}.{name}_proj": config.intermediate_size for name in ("gate", "up")},
-                    config.hidden_size,
-                    config.mlp_bias,
-                ),
-                down=self._linear(
-                    {f"{mlp}.down_proj": config.hidden_size},
-                    config.intermediate_size,
-                    config.mlp_bias,
-                ),
-            ),
+            attention=self.attention(layer, self.norm(f"{prefix}.input_layernorm")),
+            mlp=self.mlp(layer, self.norm(f"{prefix}.post_attention_layernorm")),
         )
 
-    def _head_norm(self, name: str) -> torch.Tensor:
-        return self.weights.take(f"{name}.weight", (self.config.head_dim,))
+    def attention(
+        self, layer: int, norm: RMSNorm, post_norm: RMSNorm | None = None
+    ) -> SelfAttention:
+        """Of the norm; what it adds is normalised once more if there is a ``post_norm``."""
+        config, prefix = self.config, f"model.layers.{layer}.self_attn"
+        return SelfAttention(
+            layer,
+            norm,
+            qkv=self.qkv(prefix),
+            heads=Heads(
+                config.heads,
+                config.kv_heads,
+                config.head_dim,
+                self._cos_sin[config.ropes[layer]],
+                q_norm=self._head_norm(f"{prefix}.q_norm"),
+                k_norm=self._head_norm(f"{prefix}.k_norm"),
+                eps=config.norm_eps,
+                norms_add_one=self.norm_type is OffsetRMSNorm,
+            ),
+            out=self.linear(
+                {f"{prefix}.o_proj": config.hidden_size},
+                config.heads * config.head_dim,
+                config.out_bias,
+            ),
+            post_norm=post_norm,
+        )
 
-    def _norm(self, name: str, size: int) -> RMSNorm:
-        return RMSNorm(self.weights.take(f"{name}.weight", (size,)), self.config.norm_eps)
+    def qkv(self, prefix: str) -> Linear:
+        """(tokens, hidden) -> (tokens, (heads + 2 * kv_heads) * head_dim)."""
+        config = self.config
+        counts = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
+        return self.linear(
+            {f"{prefix}.{name}": count * config.head_dim for name, count in counts.items()},
+            config.hidden_size,
+            config.qkv_bias,
+        )
 
-    def _linear(self, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
+    def mlp(self, layer: int, norm: RMSNorm, post_norm: RMSNorm | None = None) -> MLP:
+        """Likewise."""
+        size, prefix = self.config.intermediate_size, f"model.layers.{layer}.mlp"
+        return GatedMLP(
+            norm, self.gate_up(prefix, size), self.down(prefix, size), self.activation, post_norm
+        )
+
+    def gate_up(self, prefix: str, size: int) -> Linear:
+        """(tokens, hidden) -> (tokens, 2 * size), the gate first."""
+        outputs = {f"{prefix}.{name}_proj": size for name in ("gate", "up")}
+        return self.linear(outputs, self.config.hidden_size, self.config.mlp_bias)
+
+    def down(self, prefix: str, size: int) -> Linear:
+        """(tokens, size) -> (tokens, hidden)."""
+        outputs = {f"{prefix}.down_proj": self.config.hidden_size}
+        return self.linear(outputs, size, self.config.mlp_bias)
+
+    def norm(self, name: str) -> RMSNorm:
+        weight = self.weights.take(f"{name}.weight", (self.config.hidden_size,))
+        return self.norm_type(weight, self.config.norm_eps)
+
+    def linear(self, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
         """One projection out of those named, their outputs one after another."""
         weight = [self.weights.take(f"{name}.weight", (n, inputs)) for name, n in outputs.items()]
         biases = [self.weights.take(f"{name}.bias", (n,)) for name, n in outputs.items() if bias]
         return Linear(_join(weight), _join(biases) if bias else None)
+
+    def _head_norm(self, name: str) -> torch.Tensor | None:
+        if not self.qk_norm:
+            return None
+        return self.weights.take(f"{name}.weight", (self.config.head_dim,))
+
+
+def _cos_sin(rope: Rope, max_position: int, device: torch.device) -> torch.Tensor:
+    """Of each position's angles, as ``Heads`` holds them."""
+    positions = torch.arange(max_position, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rope.inverse_frequencies.to(device))
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.scaling
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:

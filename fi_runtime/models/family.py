@@ -1,0 +1,23 @@
+"""What a family of models is made of."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from fi_runtime.models.config import ModelConfig, read_common
+from fi_runtime.models.decoder import Decoder, DecoderBuilder
+from fi_runtime.models.weights import Weights
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models that read their config.json and name their tensors alike. The defaults are Llama's."""
+
+    read: Callable[[PretrainedConfig], ModelConfig] = read_common
+    """raises ConfigError for what cannot be served"""
+    builder: type[DecoderBuilder] = DecoderBuilder
+
+    def build(self, config: ModelConfig, weights: Weights, max_position: int) -> Decoder:
+        """Take a decoder's tensors; ``max_position``: positions that it is made for."""
+        return self.builder(config, weights, max_position).build()

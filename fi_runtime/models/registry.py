@@ -1,0 +1,59 @@
+"""Which architectures are served, by the names that config.json calls them by."""
+
+import dataclasses
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from fi_runtime.config import ConfigError
+from fi_runtime.models.config import ModelConfig, read_json
+from fi_runtime.models.llama import LLAMA
+from fi_runtime.models.qwen3 import QWEN3
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": QWEN3,
+}
+REFUSED = {
+    "GptOssForCausalLM": "its attention has sinks, which FlashInfer's paged FA2 wrappers do not "
+    "compute",
+    "Gemma3ForConditionalGeneration": "it reads images, too; its text model alone, saved as "
+    "Gemma3ForCausalLM, is served",
+}
+"""Architectures that are asked for, and why they are not served."""
+
+
+def load_model_config(folder: Path) -> ModelConfig:
+    """Read config.json, and generation_config.json where there is one.
+
+    Raises:
+        ConfigError: a file missing or malformed, or something in it that cannot be served; says
+            which file, what was found and what was expected.
+    """
+    path = folder / "config.json"
+    name = str((read_json(path).get("architectures") or ["none"])[0])
+    if name not in ARCHITECTURES:
+        reason = f": {REFUSED[name]}" if name in REFUSED else ""
+        raise ConfigError(
+            f"{path}: architecture {name} is not supported{reason}; "
+            f"supported are {', '.join(ARCHITECTURES)}"
+        )
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a malformed file makes transformers raise
+        raise ConfigError(f"{path}: {error}") from error
+    try:
+        config = ARCHITECTURES[name].read(found)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return dataclasses.replace(config, eos_ids=_eos_ids(folder, found))
+
+
+def _eos_ids(folder: Path, found: PretrainedConfig) -> tuple[int, ...]:
+    """generation_config.json's end-of-sequence tokens, else config.json's."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.exists() else {}
+    ids = generation.get("eos_token_id", found.eos_token_id)
+    if ids is None:
+        return ()
+    return (ids,) if isinstance(ids, int) else tuple(ids)
