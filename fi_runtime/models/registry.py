@@ -8,11 +8,17 @@ from transformers import AutoConfig, PretrainedConfig
 from fi_runtime.config import ConfigError
 from fi_runtime.models.config import ModelConfig, read_json
 from fi_runtime.models.llama import LLAMA
+from fi_runtime.models.mistral import MISTRAL
+from fi_runtime.models.phi3 import PHI3
+from fi_runtime.models.qwen2 import QWEN2
 from fi_runtime.models.qwen3 import QWEN3
 
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": MISTRAL,
+    "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Phi3ForCausalLM": PHI3,
 }
 REFUSED = {
     "GptOssForCausalLM": "its attention has sinks, which FlashInfer's paged FA2 wrappers do not "
