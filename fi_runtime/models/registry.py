@@ -7,6 +7,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 from fi_runtime.config import ConfigError
 from fi_runtime.models.config import ModelConfig, read_json
+from fi_runtime.models.gemma2 import GEMMA2
+from fi_runtime.models.gemma3 import GEMMA3
 from fi_runtime.models.llama import LLAMA
 from fi_runtime.models.mistral import MISTRAL
 from fi_runtime.models.phi3 import PHI3
@@ -18,6 +20,8 @@ ARCHITECTURES = {
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Gemma2ForCausalLM": GEMMA2,
+    "Gemma3ForCausalLM": GEMMA3,
     "Phi3ForCausalLM": PHI3,
 }
 REFUSED = {
