@@ -14,12 +14,14 @@ from fi_runtime.models.mistral import MISTRAL
 from fi_runtime.models.phi3 import PHI3
 from fi_runtime.models.qwen2 import QWEN2
 from fi_runtime.models.qwen3 import QWEN3
+from fi_runtime.models.qwen3_moe import QWEN3_MOE
 
 ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Phi3ForCausalLM": PHI3,
