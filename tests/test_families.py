@@ -1,0 +1,304 @@
+"""Every family against transformers' own model of it, on the CPU in float32.
+
+For each a tiny random checkpoint that transformers writes itself, of a shape in which nothing that
+the family does may be left out: windows and lengths cross, caps bend, norms and biases are random.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.engine.build import check_has_kernels
+from fi_runtime.engine.core import Engine
+from fi_runtime.messages import SamplingParams
+from fi_runtime.models import ARCHITECTURES, ModelConfig, load_model_config
+
+VOCAB = 199
+LENGTHS = [1, 2, 7, 16, 17, 33, 64, 100, 191, 256, 300]
+GREEDY = SamplingParams(max_tokens=16, temperature=0.0, seed=0, logprobs=0)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 20,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 0.01,
+    # Wide enough that the likeliest token leads by more than rounding.
+    "initializer_range": 0.25,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "attn_implementation": "eager",
+}
+NO_HEAD_DIM = {key: value for key, value in SHAPE.items() if key != "head_dim"}
+GEMMA = {
+    "sliding_window": 24,
+    "query_pre_attn_scalar": 10,
+    "final_logit_softcapping": 6.0,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+
+
+def rope(kind: str, **values: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
+
+
+def llama(**values: Any) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SHAPE | values))
+
+
+def mistral(**values: Any) -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**SHAPE | values))
+
+
+def qwen2(**values: Any) -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**NO_HEAD_DIM | values))
+
+
+def qwen3(**values: Any) -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**SHAPE | values))
+
+
+def qwen3_moe(**values: Any) -> PreTrainedModel:
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | EXPERTS | values))
+
+
+def gemma2(**values: Any) -> PreTrainedModel:
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE | GEMMA | values))
+
+
+def gemma3(**values: Any) -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | GEMMA | values))
+
+
+def phi3(**values: Any) -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**NO_HEAD_DIM | values))
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+LONGROPE = {
+    "short_factor": [1.0, 1.5, 2.0],
+    "long_factor": [4.0, 8.0, 16.0],
+    "partial_rotary_factor": 0.5,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama 2": lambda: llama(),
+    "llama 3.1": lambda: llama(**rope("llama3", **LLAMA3), tie_word_embeddings=True),
+    "llama, biased": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama, linear rope": lambda: llama(**rope("linear", factor=3.0)),
+    "llama, yarn": lambda: llama(**rope("yarn", **YARN)),
+    "llama, dynamic rope": lambda: llama(**rope("dynamic", factor=2.0)),
+    "mistral": lambda: mistral(sliding_window=None),
+    "mistral, window": lambda: mistral(sliding_window=24),
+    "qwen2": lambda: qwen2(tie_word_embeddings=True),
+    "qwen2, windows": lambda: qwen2(use_sliding_window=True, sliding_window=9, max_window_layers=1),
+    "qwen3": lambda: qwen3(),
+    "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True),
+    "qwen3-moe, some layers": lambda: qwen3_moe(mlp_only_layers=[1], num_experts_per_tok=3),
+    "gemma 2": lambda: gemma2(attn_logit_softcapping=2.0),
+    "gemma 3": lambda: gemma3(
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        }
+    ),
+    "phi-3": lambda: phi3(sliding_window=30, **rope("default", partial_rotary_factor=0.5)),
+    "phi-3, longrope": lambda: phi3(
+        max_position_embeddings=4096,
+        original_max_position_embeddings=512,
+        **rope("longrope", **LONGROPE),
+    ),
+}
+
+
+def prompt_of(length: int) -> list[int]:
+    return random.Random(length).choices(range(VOCAB), k=length)
+
+
+@dataclass
+class Twin:
+    """A checkpoint, and what transformers makes of it."""
+
+    folder: Path
+    model: PreTrainedModel
+    _answers: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
+
+    def answer(self, length: int) -> tuple[list[int], list[float]]:
+        """Its own greedy tokens after the prompt of that length, and their logprobs."""
+        if length not in self._answers:
+            with torch.inference_mode():
+                out = self.model.generate(
+                    torch.tensor([prompt_of(length)]),
+                    max_new_tokens=GREEDY.max_tokens,
+                    do_sample=False,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            tokens = out.sequences[0, length:].tolist()
+            rows = torch.cat(out.logits).float().log_softmax(-1)
+            best, second = rows.topk(2).values.unbind(-1)
+            assert (best - second).min() > 1e-4, "a near tie: choose another seed"
+            self._answers[length] = tokens, [rows[i, t].item() for i, t in enumerate(tokens)]
+        return self._answers[length]
+
+    def engine(self, **knobs: Any) -> Engine:
+        return Engine(EngineConfig(checkpoint=str(self.folder), **knobs))
+
+    def check(self, engine: Engine) -> None:
+        """All lengths at once."""
+        lengths = random.Random(5).sample(LENGTHS, k=len(LENGTHS))
+        results = engine.generate([prompt_of(length) for length in lengths], GREEDY)
+        for length, result in zip(lengths, results, strict=True):
+            tokens, logprobs = self.answer(length)
+            assert result.tokens == tokens, f"prompt of {length} tokens"
+            assert result.logprobs == pytest.approx(logprobs, abs=1e-4), f"{length} tokens"
+        assert engine.pool.free == engine.pool.usable
+
+
+def write(name: str, folder: Path) -> PreTrainedModel:
+    torch.manual_seed(2)
+    model = MODELS[name]().eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or "bias" in parameter_name:
+            # About what it is made as: 0 for biases and where norms add 1 to it.
+            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return Twin(folder, write(request.param, folder))
+
+
+@pytest.mark.parametrize(("page_size", "step_tokens"), [(1, 7), (16, 64), (5, 512)])
+def test_lengths_mixed_in_one_batch(twin: Twin, page_size: int, step_tokens: int) -> None:
+    engine = twin.engine(
+        cache_tokens=4000, page_size=page_size, step_tokens=step_tokens, max_sequences=6
+    )
+    twin.check(engine)
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_preemption_changes_nothing(twin: Twin) -> None:
+    engine = twin.engine(
+        cache_tokens=336, page_size=4, step_tokens=40, max_sequences=16, max_context=320
+    )
+    twin.check(engine)
+    assert engine.scheduler.num_preemptions > 0
+
+
+def test_every_architecture_has_a_twin() -> None:
+    assert {type(build()).__name__ for build in MODELS.values()} == set(ARCHITECTURES)
+
+
+def test_a_context_ends_where_the_angles_of_longrope_change(twin: Twin) -> None:
+    longest = load_model_config(twin.folder).max_position
+    assert longest == 512, "as the configurations say, or as longrope's original length"
+    with pytest.raises(ConfigError, match="max_context=513 is more than the 512 positions"):
+        twin.engine(max_context=513)
+
+
+def read(architecture: str, config: PreTrainedConfig, folder: Path) -> ModelConfig:
+    config.architectures = [architecture]
+    config.save_pretrained(folder)
+    return load_model_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        (
+            "MistralForCausalLM",
+            MistralConfig(**SHAPE, sliding_window=0),
+            "sliding_window is 0; supported are 1 and more",
+        ),
+        (
+            "Gemma2ForCausalLM",
+            Gemma2Config(**SHAPE, hidden_activation="gelu"),
+            "hidden_activation is 'gelu'; supported are 'silu' and 'gelu_pytorch_tanh'",
+        ),
+        (
+            "Gemma3ForCausalLM",
+            Gemma3TextConfig(**SHAPE, use_bidirectional_attention=True),
+            "use_bidirectional_attention is true; supported is false",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            Qwen3Config(**SHAPE, layer_types=["chunked_attention"] * 3),
+            "layer_types has 'chunked_attention'; supported are full_attention and sliding_att",
+        ),
+        (
+            "GptOssForCausalLM",
+            GptOssConfig(),
+            "architecture GptOssForCausalLM is not supported: its attention has sinks",
+        ),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    architecture: str, config: PreTrainedConfig, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(architecture, config, tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/config.json: {words}")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        (
+            "Phi3ForCausalLM",
+            Phi3Config(hidden_size=3072, num_attention_heads=32),
+            "head_dim=96: FlashInfer's FA2 kernels are for 64, 128, 256",
+        ),
+        (
+            "Qwen3MoeForCausalLM",
+            Qwen3MoeConfig(head_dim=128),
+            "Qwen3MoeForCausalLM: its experts have no GPU kernel yet",
+        ),
+    ],
+)
+def test_what_a_gpu_has_no_kernels_for_is_refused_there(
+    architecture: str, config: PreTrainedConfig, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_has_kernels(read(architecture, config, tmp_path))
