@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device
 from fi_runtime.doctor import examine, print_report, report_json
-from fi_runtime.engine.build import check_has_kernels, compute_dtype
+from fi_runtime.engine.build import check_has_kernels, compiled_in, compute_dtype
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.prebuild import prebuild as compile_modules
@@ -99,7 +99,7 @@ def prebuild(
         # What auto would choose is for the GPU to say; one of these it is.
         both = fa3 or config.attention_backend != "fa2"
         compile_modules(
-            shape.head_dim,
+            compiled_in(shape),
             compute_dtype(config),
             ["fa2", "fa3"] if both else ["fa2"],
             arch,

@@ -1,13 +1,18 @@
 """What is said where kernels cannot be compiled, or have not been. Compiling takes minutes."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig
 
 from fi_runtime.config import ConfigError
+from fi_runtime.engine.build import compiled_in
 from fi_runtime.kernels import prebuild
 from fi_runtime.kernels.library import prebuilt_manifest, use_prebuilt
+from fi_runtime.models import load_model_config
 
 
 def test_all_that_is_missing_is_named_at_once(
@@ -19,7 +24,14 @@ def test_all_that_is_missing_is_named_at_once(
     monkeypatch.setattr(prebuild.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(ConfigError) as caught:
-        prebuild.prebuild(128, torch.bfloat16, ["fa2"], "9.0a", tmp_path / "out", lambda *_: None)
+        prebuild.prebuild(
+            prebuild.Compiled(128),
+            torch.bfloat16,
+            ["fa2"],
+            "9.0a",
+            tmp_path / "out",
+            lambda *_: None,
+        )
     for word in ("nvcc", "ninja", "c++", "cublasLt.h (pip install nvidia-cublas)", "curand.h"):
         assert word in str(caught.value)
 
@@ -57,4 +69,51 @@ def test_an_nvcc_that_only_calls_another_is_not_taken_for_the_toolkit(
     monkeypatch.setattr(prebuild.sys, "executable", str(tmp_path / "python"))
     monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(ConfigError, match="cannot compile without ninja"):
-        prebuild.prebuild(128, torch.bfloat16, ["fa2"], "9.0a", tmp_path / "out", lambda *_: None)
+        prebuild.prebuild(
+            prebuild.Compiled(128),
+            torch.bfloat16,
+            ["fa2"],
+            "9.0a",
+            tmp_path / "out",
+            lambda *_: None,
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "variants", "activation"),
+    [
+        (LlamaConfig(head_dim=128), [(False, False)], "silu"),
+        (MistralConfig(head_dim=128, sliding_window=4096), [(True, False)], "silu"),
+        (Gemma2Config(), [(False, True), (True, True)], "gelu_tanh"),
+    ],
+    ids=["llama", "mistral", "gemma2"],
+)
+def test_the_windows_and_caps_of_a_checkpoint_are_compiled(
+    config: PreTrainedConfig,
+    variants: list[tuple[bool, bool]],
+    activation: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = config.model_type.capitalize()
+    config.architectures = [f"{name}ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    model = load_model_config(tmp_path)
+
+    class Specs:
+        """Stands in for FlashInfer's modules: a specification is what it was asked for with."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: (name, arguments)
+
+    monkeypatch.setattr(
+        prebuild, "importlib", SimpleNamespace(import_module=lambda *_, **__: Specs())
+    )
+    monkeypatch.setattr(prebuild, "own_spec", lambda: ("own", ()))
+    specs = list(prebuild._modules(compiled_in(model), torch.bfloat16, ["fa2"]))
+    assert ("gen_act_and_mul_module", (activation,)) in specs
+    head_dims = (model.head_dim,) * 2
+    for kind, first in (("decode", ()), ("prefill", ("fa2",))):
+        asked = [args for name, args in specs if name == f"gen_batch_{kind}_module"]
+        kinds = [(*first, *(torch.bfloat16,) * 3, torch.int32, *head_dims, 0, *v) for v in variants]
+        assert [args[: len(kinds[0])] for args in asked] == kinds

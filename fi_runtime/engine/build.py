@@ -17,6 +17,7 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.piece_graphs import PieceGraphs, padded_token_counts
 from fi_runtime.engine.runner import Runner
 from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuilt
+from fi_runtime.kernels.prebuild import Compiled
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
 from fi_runtime.models.config import DTYPES
 from fi_runtime.models.weights import CheckpointWeights, CountedWeights, DummyWeights, Weights
@@ -90,6 +91,12 @@ def check_has_kernels(model: ModelConfig) -> None:
             f"{model.architecture}: its experts have no GPU kernel yet; such a model runs on the "
             "CPU only (KIND_CPU)"
         )
+
+
+def compiled_in(model: ModelConfig) -> Compiled:
+    """What of a model's shape its kernels are compiled for."""
+    variants = frozenset((bool(kind.window), bool(kind.soft_cap)) for kind in model.attention)
+    return Compiled(model.head_dim, variants, model.activation)
 
 
 def weight_bytes(model_config: ModelConfig, dtype: torch.dtype) -> int:

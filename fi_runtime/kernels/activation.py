@@ -38,3 +38,6 @@ GATED_ACTIVATIONS: dict[str, GatedActivation] = {
     "gelu_pytorch_tanh": gelu_tanh_and_mul,
 }
 """By the names that config.json calls the activations by."""
+
+GATED_MODULES = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What FlashInfer calls them."""

@@ -10,12 +10,14 @@ import sys
 import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fi_runtime.config import ConfigError
+from fi_runtime.kernels.activation import GATED_MODULES
 from fi_runtime.kernels.library import MANIFEST, flashinfer, prebuilt_manifest
 from fi_runtime.kernels.own import own_spec
 
@@ -28,13 +30,29 @@ Report = Callable[[str, int, int, float], None]
 """Told of each module that is done: its name, its number, how many there are, seconds."""
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """What of a model's shape is compiled into its kernels."""
+
+    head_dim: int
+    variants: frozenset[tuple[bool, bool]] = frozenset({(False, False)})
+    """of attention: whether there is a window, and whether there is a soft cap"""
+    activation: str = "silu"
+    """as config.json calls it"""
+
+
 def prebuild(
-    head_dim: int, dtype: torch.dtype, backends: Sequence[str], arch: str, out: Path, report: Report
+    model: Compiled,
+    dtype: torch.dtype,
+    backends: Sequence[str],
+    arch: str,
+    out: Path,
+    report: Report,
 ) -> None:
     """Compile into ``out``, as NAME/NAME.so; what is there already is left alone.
 
     Args:
-        head_dim: of the model's attention heads; nothing else of its shape is compiled in.
+        model: nothing else of its shape is compiled in.
         dtype: of weights and cache, bfloat16 or float16.
         backends: of attention, fa2 or fa3; each is a module of its own.
         arch: compute capability as FlashInfer writes it, such as 9.0a; several with blanks between.
@@ -51,7 +69,7 @@ def prebuild(
     # FlashInfer reads these when it is imported.
     os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": str(scratch)}
     claim(out, {"arch": arch, "flashinfer": flashinfer().__version__})
-    specs = list(_modules(head_dim, dtype, backends))
+    specs = list(_modules(model, dtype, backends))
     for number, spec in enumerate(specs, 1):
         begin = time.monotonic()
         target = out / spec.name / f"{spec.name}.so"
@@ -81,21 +99,22 @@ def claim(out: Path, manifest: dict[str, str]) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 
-def _modules(head_dim: int, dtype: torch.dtype, backends: Sequence[str]) -> Iterator[Any]:
+def _modules(model: Compiled, dtype: torch.dtype, backends: Sequence[str]) -> Iterator[Any]:
     """The specifications of what the runtime calls for such a model."""
     yield own_spec()
     jit = functools.partial(importlib.import_module, package="flashinfer.jit")
     yield jit(".norm").gen_norm_module()
-    yield jit(".activation").gen_act_and_mul_module("silu")
+    yield jit(".activation").gen_act_and_mul_module(GATED_MODULES[model.activation])
     yield jit(".sampling").gen_sampling_module()
     attention = jit(".attention.modules")
-    kind = (dtype, dtype, dtype, torch.int32, head_dim, head_dim)
-    no_position, no_window, no_cap, no_half = 0, False, False, False
-    yield attention.gen_batch_decode_module(*kind, no_position, no_window, no_cap)
-    for backend in backends:
-        yield attention.gen_batch_prefill_module(
-            backend, *kind, no_position, no_window, no_cap, no_half
-        )
+    kind = (dtype, dtype, dtype, torch.int32, model.head_dim, model.head_dim)
+    no_position, no_half = 0, False
+    for window, cap in sorted(model.variants):
+        yield attention.gen_batch_decode_module(*kind, no_position, window, cap)
+        for backend in backends:
+            yield attention.gen_batch_prefill_module(
+                backend, *kind, no_position, window, cap, no_half
+            )
 
 
 def _toolchain(scratch: Path) -> dict[str, str]:
