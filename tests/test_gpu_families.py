@@ -1,0 +1,121 @@
+"""What only some families need of a GPU, and their logprobs there. Needs a GPU."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from fi_runtime.attention.base import AttentionKind
+from fi_runtime.attention.flashinfer import FlashInferAttention
+from fi_runtime.attention.reference import ReferenceAttention
+from fi_runtime.cache.kv_cache import CacheShape
+from fi_runtime.kernels.activation import gelu_tanh_and_mul
+from fi_runtime.kernels.norm import (
+    add_offset_rms_norm,
+    offset_rms_norm,
+    offset_rms_norm_reference,
+)
+from tests.layouts import make_layout
+from tests.test_families import gemma2, gemma3, mistral, phi3, qwen2, rope
+from tests.test_gpu import (
+    GREEDY,
+    LIMITS,
+    caches,
+    compare,
+    error,
+    forced_logprobs,
+    gpu_engine,
+    normal,
+    transformers_model,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "max_position_embeddings": 1024,
+    "initializer_range": 0.08,
+}
+HEADS_OF_64 = {**WIDE, "head_dim": 64}
+GEMMA = {
+    **HEADS_OF_64,
+    "query_pre_attn_scalar": 64,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "mistral": lambda: mistral(**HEADS_OF_64, sliding_window=40),
+    "qwen2": lambda: qwen2(**WIDE, use_sliding_window=True, sliding_window=40, max_window_layers=2),
+    "gemma 2": lambda: gemma2(**GEMMA, attn_logit_softcapping=20.0),
+    "gemma 3": lambda: gemma3(**GEMMA),
+    "phi-3": lambda: phi3(**WIDE, **rope("default", partial_rotary_factor=0.75)),
+}
+
+
+@pytest.mark.parametrize("shape", [(1, 1024), (300, 256), (5, 8, 64)])
+def test_offset_rms_norm(shape: tuple[int, ...]) -> None:
+    x, weight = normal(*shape), 0.1 * normal(shape[-1], seed=1)
+    expected = offset_rms_norm_reference(x.float(), weight.float(), 1e-6)
+    assert error(offset_rms_norm(x, weight, 1e-6), expected) < 5e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 257])
+def test_add_offset_rms_norm(tokens: int) -> None:
+    x, residual, weight = normal(tokens, 1024), normal(tokens, 1024, seed=5), 0.1 * normal(1024)
+    total = x.float() + residual.float()
+    expected = offset_rms_norm_reference(total, weight.float(), 1e-5)
+    normed, added = add_offset_rms_norm(x, residual, weight, 1e-5)
+    assert error(added, total) < 5e-3
+    assert error(normed, expected) < 8e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_gelu_tanh_and_mul(tokens: int) -> None:
+    x = normal(tokens, 2 * 768)
+    assert error(gelu_tanh_and_mul(x), gelu_tanh_and_mul(x.float().cpu())) < 8e-3
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (16, 2)])
+def test_windows_and_caps_are_the_references(heads: int, kv_heads: int) -> None:
+    kinds = [
+        AttentionKind(0.1, window=100),
+        AttentionKind(0.2, soft_cap=3.0),
+        AttentionKind(0.1, window=1),
+        AttentionKind(0.125),
+    ]
+    rng = random.Random(heads)
+    gpu, wide = caches(CacheShape(len(kinds), 2000, 16, kv_heads, 64))
+    attention = FlashInferAttention(gpu, heads, LIMITS, kinds=kinds)
+    reference = ReferenceAttention(wide, kinds)
+    for contexts in ([1], [9000, 1, 17], [99, 100, 101, 16, 4097]):
+        for counts in ([1] * len(contexts), [rng.randint(1, context) for context in contexts]):
+            layout = make_layout(counts, contexts, 16, rng, gpu.shape.pages)
+            compare(attention, reference, layout, heads, gpu.shape)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logprobs_are_as_near_as_transformers_own(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    # bfloat16 on disk: all that are compared then have the same weights.
+    MODELS[name]().bfloat16().save_pretrained(tmp_path)
+    rng = random.Random(0)
+    prompts = [rng.choices(range(199), k=n) for n in (1, 2, 7, 16, 33, 64, 100, 127, 200, 300)]
+    results = gpu_engine(tmp_path, step_tokens=256).generate(prompts, GREEDY)
+    wide, narrow = (transformers_model(tmp_path, d) for d in (torch.float32, torch.bfloat16))
+    ours, theirs = [], []
+    for prompt, result in zip(prompts, results, strict=True):
+        tokens = prompt + result.tokens
+        right = forced_logprobs(wide, tokens, len(prompt))
+        ours.append((torch.tensor(result.logprobs) - right).abs())
+        theirs.append((forced_logprobs(narrow, tokens, len(prompt)) - right).abs())
+    own_error, their_error = torch.cat(ours).mean(), torch.cat(theirs).mean()
+    print(f"{name}: mean logprob error {own_error:.5f}, transformers' own {their_error:.5f}")
+    assert own_error <= 1.1 * their_error
