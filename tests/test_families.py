@@ -15,7 +15,9 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GptOssConfig,
     LlamaConfig,
@@ -103,6 +105,20 @@ def gemma3(**values: Any) -> PreTrainedModel:
     return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | GEMMA | values))
 
 
+def gemma3_with_images() -> PreTrainedModel:
+    text = {key: value for key, value in SHAPE.items() if key != "attn_implementation"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    config = Gemma3Config(
+        # Published ones have no cap, and transformers would apply it in Gemma3ForCausalLM alone.
+        text_config=text | GEMMA | {"final_logit_softcapping": None},
+        vision_config=vision | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        initializer_range=SHAPE["initializer_range"],
+        attn_implementation="eager",
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
 def phi3(**values: Any) -> PreTrainedModel:
     return Phi3ForCausalLM(Phi3Config(**NO_HEAD_DIM | values))
 
@@ -140,6 +156,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
         }
     ),
+    "gemma 3, with images": lambda: gemma3_with_images(),
     "phi-3": lambda: phi3(sliding_window=30, **rope("default", partial_rotary_factor=0.5)),
     "phi-3, longrope": lambda: phi3(
         max_position_embeddings=4096,

@@ -37,7 +37,6 @@ class Experts:
 class ModelConfig:
     """A decoder's shape. Sizes are numbers of elements."""
 
-    architecture: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -58,6 +57,7 @@ class ModelConfig:
     """of each layer"""
     ropes: tuple[Rope, ...]
     """of each layer"""
+    architecture: str = ""
     eos_ids: tuple[int, ...] = ()
     embedding_scale: float = 1.0
     """by which rows of the embedding are multiplied"""
@@ -81,7 +81,7 @@ def read_common(
         windows: of attention, for each layer; default: none has one.
         soft_cap: of attention.
         scale: of attention; default: 1 / sqrt(head_dim).
-        ropes: of each layer; default: all that of ``rope_parameters``.
+        ropes: of each layer; default: all those of ``rope_parameters``.
 
     Raises:
         ConfigError: something in it cannot be served; says what was found and what is supported.
@@ -91,10 +91,6 @@ def read_common(
     if activation not in GATED_ACTIVATIONS:
         known = " and ".join(map(repr, GATED_ACTIVATIONS))
         raise ConfigError(f"{name} is {activation!r}; supported are {known}")
-    if getattr(found, "quantization_config", None):
-        raise ConfigError(
-            f"has a quantization_config; supported are checkpoints in {', '.join(DTYPES)}"
-        )
     if getattr(found, "use_bidirectional_attention", False):
         raise ConfigError("use_bidirectional_attention is true; supported is false")
     layers, heads = int(found.num_hidden_layers), int(found.num_attention_heads)
@@ -119,7 +115,6 @@ def read_common(
     scale = size**-0.5 if scale is None else scale
     attention_bias = bool(getattr(found, "attention_bias", False))
     return ModelConfig(
-        architecture=found.architectures[0],
         vocab_size=found.vocab_size,
         hidden_size=found.hidden_size,
         intermediate_size=found.intermediate_size,

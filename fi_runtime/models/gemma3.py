@@ -1,11 +1,13 @@
 """Gemma 3's text models (Gemma team, 2025): norms on queries and keys, windows turn otherwise."""
 
+import torch
 from transformers import PretrainedConfig
 
 from fi_runtime.models.config import ModelConfig
 from fi_runtime.models.family import Family
 from fi_runtime.models.gemma import GemmaBuilder, read_gemma
 from fi_runtime.models.rope import read_rope
+from fi_runtime.models.weights import Weights
 
 
 class _Builder(GemmaBuilder):
@@ -17,4 +19,28 @@ def _read(found: PretrainedConfig) -> ModelConfig:
     return read_gemma(found, ropes=[ropes[kind] for kind in found.layer_types])
 
 
+class _TextWeights:
+    """The tensors of the text model of one that reads images, too."""
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+
+    def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._weights.take(f"language_model.{name}", shape)
+
+    def close(self) -> None:
+        self._weights.close()
+
+
+class _TextBuilder(_Builder):
+    def __init__(self, config: ModelConfig, weights: Weights, max_position: int) -> None:
+        super().__init__(config, _TextWeights(weights), max_position)
+
+
+def _read_text(found: PretrainedConfig) -> ModelConfig:
+    return _read(found.text_config)
+
+
 GEMMA3 = Family(_read, _Builder)
+GEMMA3_WITH_IMAGES = Family(_read_text, _TextBuilder)
+"""of which the text model is served"""

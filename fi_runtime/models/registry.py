@@ -6,9 +6,9 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from fi_runtime.config import ConfigError
-from fi_runtime.models.config import ModelConfig, read_json
+from fi_runtime.models.config import DTYPES, ModelConfig, read_json
 from fi_runtime.models.gemma2 import GEMMA2
-from fi_runtime.models.gemma3 import GEMMA3
+from fi_runtime.models.gemma3 import GEMMA3, GEMMA3_WITH_IMAGES
 from fi_runtime.models.llama import LLAMA
 from fi_runtime.models.mistral import MISTRAL
 from fi_runtime.models.phi3 import PHI3
@@ -24,13 +24,12 @@ ARCHITECTURES = {
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
+    "Gemma3ForConditionalGeneration": GEMMA3_WITH_IMAGES,
     "Phi3ForCausalLM": PHI3,
 }
 REFUSED = {
     "GptOssForCausalLM": "its attention has sinks, which FlashInfer's paged FA2 wrappers do not "
     "compute",
-    "Gemma3ForConditionalGeneration": "it reads images, too; its text model alone, saved as "
-    "Gemma3ForCausalLM, is served",
 }
 """Architectures that are asked for, and why they are not served."""
 
@@ -54,18 +53,22 @@ def load_model_config(folder: Path) -> ModelConfig:
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise
         raise ConfigError(f"{path}: {error}") from error
+    if getattr(found, "quantization_config", None):
+        raise ConfigError(
+            f"{path}: has a quantization_config; supported are checkpoints in {', '.join(DTYPES)}"
+        )
     try:
         config = ARCHITECTURES[name].read(found)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return dataclasses.replace(config, eos_ids=_eos_ids(folder, found))
+    return dataclasses.replace(config, architecture=name, eos_ids=_eos_ids(folder, found))
 
 
 def _eos_ids(folder: Path, found: PretrainedConfig) -> tuple[int, ...]:
     """generation_config.json's end-of-sequence tokens, else config.json's."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    ids = generation.get("eos_token_id", found.eos_token_id)
+    ids = generation.get("eos_token_id", getattr(found, "eos_token_id", None))
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
