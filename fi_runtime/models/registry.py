@@ -28,8 +28,8 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": PHI3,
 }
 REFUSED = {
-    "GptOssForCausalLM": "its attention has sinks, which FlashInfer's paged FA2 wrappers do not "
-    "compute",
+    "GptOssForCausalLM": "its attention has sinks, which neither FlashInfer's plain FA2 wrappers "
+    "nor the CPU's attention take, and its experts come in MXFP4",
 }
 """Architectures that are asked for, and why they are not served."""
 
