@@ -39,6 +39,8 @@ from transformers import (
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.build import check_has_kernels
 from fi_runtime.engine.core import Engine
+from fi_runtime.kernels import projection
+from fi_runtime.kernels.heads import Heads
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import ARCHITECTURES, ModelConfig, load_model_config
 
@@ -242,6 +244,31 @@ def test_preemption_changes_nothing(twin: Twin) -> None:
     )
     twin.check(engine)
     assert engine.scheduler.num_preemptions > 0
+
+
+def test_few_tokens_meet_only_kernels_that_know_their_layers(
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, whose kernels are stood in for by what they mean."""
+
+    def norm_linear(*arguments: Any) -> torch.Tensor:
+        *arguments, out = arguments
+        result = projection.norm_linear_reference(*arguments)
+        return result if out is None else out.copy_(result)
+
+    monkeypatch.setattr(projection, "is_few", lambda x, weight: len(x) <= 16)
+    monkeypatch.setattr(projection, "norm_linear", norm_linear)
+    for name in ("norm_linear_silu_and_mul", "add_linear"):
+        monkeypatch.setattr(projection, name, getattr(projection, f"{name}_reference"))
+    twin.check(twin.engine(cache_tokens=4000, step_tokens=24, max_sequences=6))
+
+
+def test_heads_that_the_kernel_does_not_know() -> None:
+    angles, weight = torch.zeros(9, 64), torch.zeros(64)
+    assert Heads(2, 1, 64, angles, weight, weight).has_kernel
+    assert Heads(2, 1, 64, angles, norms_add_one=True).has_kernel
+    assert not Heads(2, 1, 64, angles, weight, weight, norms_add_one=True).has_kernel
+    assert not Heads(2, 1, 64, angles[:, :48]).has_kernel
 
 
 def test_every_architecture_has_a_twin() -> None:
