@@ -111,6 +111,8 @@ def read_common(
             max_position,
             found.max_position_embeddings,
         )
+    # One that holds all positions is none, and needs no kernels of its own.
+    windows = [None if window is None or window >= max_position else window for window in windows]
     size = head_dim(found)
     scale = size**-0.5 if scale is None else scale
     attention_bias = bool(getattr(found, "attention_bias", False))
