@@ -5,12 +5,14 @@
 Runs the tests marked gpu, doctor, the table of decode attention with this FlashInfer and an older
 one; for each model a real tritonserver: its start, perf_analyzer against both doors, and for the
 default checkpoint the share of its tasks answered exactly; the transport alone; the engine offline
-against the same engine served; and the engine alone on its peers' benchmarks. Each part
-writes its results file and is run whatever became of those before it; the exit code is 1 if any
-failed. Parts: tests, doctor, attention, served, transport, serving, offline, latency; all where
-none is named.
+against the same engine served; and the engine alone: its peers' benchmarks, what its steps are made
+of, streams beside long prompts, and shared prefixes. Each part writes its results file and is run
+whatever became of those before it; the exit code is 1 if any failed. Parts: tests, doctor,
+attention, served, transport, serving, offline, latency, timeline, mixed, prefix; all where none is
+named.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -32,9 +34,16 @@ from tools.serve import TritonServer
 COMMAND = "python -m bench.h100 --kernels KERNELS --old FLASHINFER --old-kernels KERNELS"
 PROMPT = "The quick brown fox jumps over the lazy dog, and then it does so once more. " * 2
 OUTPUT_TOKENS = 64
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_timing.py", "tests/test_guides.py")
+GPU_TESTS = (
+    "tests/test_gpu.py",
+    "tests/test_gpu_families.py",
+    "tests/test_gpu_timing.py",
+    "tests/test_guides.py",
+)
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
+ALONE = ("offline", "latency", "timeline", "mixed", "prefix")
+"""of the engine, without a server"""
 
 console = Console(width=140)
 
@@ -165,8 +174,7 @@ def main(
         "served": lambda: served(out, kernels),
         "transport": lambda: _run("bench.transport", "--out", str(out / "transport.json")),
         "serving": serving,
-        "offline": lambda: measure("offline"),
-        "latency": lambda: measure("latency"),
+        **{name: functools.partial(measure, name) for name in ALONE},
     }
     failed = []
     for name in parts or known:

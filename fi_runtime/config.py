@@ -105,6 +105,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "8192 on a GPU",
         ),
     ] = 0
+    chunk_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1 << 20,
+            description="prompt tokens that a step computes beside decoding sequences, for each "
+            "prompt that waits; 0: 512 on the CPU, 256 on a GPU",
+        ),
+    ] = 0
     cpu_threads: Annotated[
         int,
         Meta(
@@ -123,8 +132,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 _DEVICE_DEFAULTS: dict[Device, dict[str, int]] = {
-    "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512},
-    "cuda": {"max_sequences": 256, "step_tokens": 8192},
+    "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512, "chunk_tokens": 512},
+    "cuda": {"max_sequences": 256, "step_tokens": 8192, "chunk_tokens": 256},
 }
 
 

@@ -7,11 +7,13 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
+from bench import mixed, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
 from bench.limits import limits_of
 from bench.offline import work
 from bench.shapes import SHAPES, write_shape
+from bench.timeline import gaps_of, short, spans_of, totals_of
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import weight_bytes
 from fi_runtime.engine.core import Engine
@@ -110,3 +112,39 @@ def test_a_decode_step_reads_all_weights_but_an_embedding_once(
     # Two prompts, of which one has its last token a step earlier.
     steps = limits.decode_s([6, 11]) + limits.decode_s([12])
     assert limits.offline_s([5, 10], [2, 3]) == pytest.approx(limits.prefill_s(15) + steps)
+
+
+def event(name: str, begin: float, duration: float, category: str = "kernel") -> dict[str, object]:
+    return {"name": name, "ts": begin, "dur": duration, "cat": category}
+
+
+def test_a_timeline_knows_when_the_gpu_idles_and_what_it_does() -> None:
+    events = [
+        event("void second<float>(int)", 14.0, 6.0),
+        event("launch", 0.0, 50.0, "cuda_runtime"),
+        event("void first<int>(float*)", 0.0, 10.0),
+        event("Memcpy HtoD (Pinned -> Device)", 9.0, 2.0, "gpu_memcpy"),
+        event("void first<long>(float*)", 23.5, 1.0),
+    ]
+    spans = spans_of({"traceEvents": events})
+    assert [short(span.name) for span in spans] == ["first", "Memcpy HtoD ", "second", "first"]
+    assert gaps_of(spans) == [3.0, 3.5]
+    assert totals_of(spans)[0] == {"kernel": "first", "calls": 2, "us": 11.0}
+
+
+def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
+    monkeypatch: pytest.MonkeyPatch, twin: tuple[Path, PreTrainedModel]
+) -> None:
+    engine = Engine(EngineConfig(checkpoint=str(twin[0]), cache_tokens=65_536, chunk_tokens=16))
+    for module in (mixed, prefix):
+        monkeypatch.setattr(module, "VOCABULARY", 90)
+    monkeypatch.setattr(mixed, "STREAMS", 3)
+    row = mixed.measure_engine(engine, prompt_tokens=200)
+    assert not engine.busy
+    assert row["itl_mixed_ms_p99"] >= row["itl_mixed_ms_p50"] > 0
+    assert row["prefill_alone_tokens_per_s"] > row["prefill_mixed_tokens_per_s"] > 0
+    engine.pool.forget()  # whose prompts begin as the next ones do
+    engine.stats()
+    shared = prefix.measure_engine(engine, shared=160)
+    assert engine.stats().reused_tokens == prefix.REQUESTS * 160
+    assert 0 < shared["ttft_cached_ms_p50"] < shared["ttft_uncached_ms_p50"]

@@ -70,8 +70,18 @@ def test_an_engines_knob_belongs_to_the_model_that_has_the_engine() -> None:
 def test_what_depends_on_the_device_is_put_in_where_nothing_was_said() -> None:
     cpu = engine_config({"checkpoint": "a"}, Path("/m"))
     gpu = engine_config({"checkpoint": "a"}, Path("/m"), "cuda")
-    assert (cpu.cache_tokens, cpu.max_sequences, cpu.step_tokens) == (65_536, 64, 512)
-    assert (gpu.cache_tokens, gpu.max_sequences, gpu.step_tokens) == (0, 256, 8192)
+    assert (cpu.cache_tokens, cpu.max_sequences, cpu.step_tokens, cpu.chunk_tokens) == (
+        65_536,
+        64,
+        512,
+        512,
+    )
+    assert (gpu.cache_tokens, gpu.max_sequences, gpu.step_tokens, gpu.chunk_tokens) == (
+        0,
+        256,
+        8192,
+        256,
+    )
     told = engine_config({"checkpoint": "a", "max_sequences": "7"}, Path("/m"), "cuda")
     assert told.max_sequences == 7
 

@@ -35,7 +35,9 @@ class Simulation:
         self._ahead = ahead
         self.pool = PagePool(-(-60 // page_size) + rng.randint(2, 40))
         self.tree = PrefixTree(self.pool, page_size)
-        self.scheduler = Scheduler(self.tree, page_size, rng.randint(1, 6), step_tokens=25)
+        self.scheduler = Scheduler(
+            self.tree, page_size, rng.randint(1, 6), step_tokens=25, chunk_tokens=rng.randint(1, 25)
+        )
         self.live: dict[int, Sequence] = {}
         self._beginnings = [rng.choices(range(3), k=30) for _ in range(3)]
         self._scripts: list[list[int]] = []

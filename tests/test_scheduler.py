@@ -53,6 +53,7 @@ def check_step(chunks: list[Chunk], scheduler: Scheduler, tree: PrefixTree, page
     page_size=st.sampled_from([1, 3, 16]),
     max_sequences=st.integers(1, 8),
     extra_tokens=st.integers(0, 40),
+    chunk_tokens=st.integers(1, 60),
     extra_pages=st.integers(0, 40),
     seed=st.integers(0, 1 << 30),
 )
@@ -61,6 +62,7 @@ def test_everything_finishes_and_no_page_is_lost(
     page_size: int,
     max_sequences: int,
     extra_tokens: int,
+    chunk_tokens: int,
     extra_pages: int,
     seed: int,
 ) -> None:
@@ -68,7 +70,7 @@ def test_everything_finishes_and_no_page_is_lost(
     longest = max(prompt + output for prompt, output in lengths)
     pool = PrefixTree(PagePool(-(-longest // page_size) + 1 + extra_pages), page_size)
     step_tokens = max_sequences + extra_tokens
-    scheduler = Scheduler(pool, page_size, max_sequences, step_tokens)
+    scheduler = Scheduler(pool, page_size, max_sequences, step_tokens, chunk_tokens)
     arriving = [sequence(i, *length) for i, length in enumerate(lengths)]
     live: list[Sequence] = []
     finished = 0
@@ -96,7 +98,7 @@ def test_everything_finishes_and_no_page_is_lost(
 
 def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
     pool = PrefixTree(PagePool(100), 16)
-    scheduler = Scheduler(pool, 16, max_sequences=8, step_tokens=20)
+    scheduler = Scheduler(pool, 16, max_sequences=8, step_tokens=20, chunk_tokens=20)
     short = [sequence(i, 2, 50) for i in range(3)]
     for one in short:
         scheduler.add(one)
@@ -111,9 +113,24 @@ def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
         compute(chunks, scheduler)
 
 
+def test_a_step_that_streams_wait_for_has_a_chunk_for_each_prompt_that_waits() -> None:
+    scheduler = Scheduler(PrefixTree(PagePool(1000), 16), 16, 8, step_tokens=500, chunk_tokens=30)
+    for one in (sequence(0, 2, 90), sequence(1, 600, 90)):
+        scheduler.add(one)
+    # Nobody waits for the first step. Then one prompt is half done, then two more come.
+    expected = [[2, 498], [1, 30], [1, 30], [1, 42, 48], [1, 1, 60], [1, 1, 60]]
+    for step, counts in enumerate(expected):
+        if step == 3:
+            for number in (2, 3):
+                scheduler.add(sequence(number, 200, 90))
+        chunks = scheduler.schedule()
+        assert [chunk.count for chunk in chunks] == counts
+        compute(chunks, scheduler)
+
+
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
     pool = PrefixTree(PagePool(5), 4)
-    scheduler = Scheduler(pool, 4, max_sequences=8, step_tokens=64)
+    scheduler = Scheduler(pool, 4, max_sequences=8, step_tokens=64, chunk_tokens=64)
     old, young, later = sequence(0, 8, 9), sequence(1, 8, 9), sequence(2, 1, 9)
     for one in (old, young, later):
         scheduler.add(one)

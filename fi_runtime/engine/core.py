@@ -68,7 +68,11 @@ class Engine:
         self.pool = PrefixTree(PagePool(built.pages), config.page_size)
         self._runner = built.runner
         self.scheduler = Scheduler(
-            self.pool, config.page_size, config.max_sequences, config.step_tokens
+            self.pool,
+            config.page_size,
+            config.max_sequences,
+            config.step_tokens,
+            config.chunk_tokens,
         )
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._launched: Launched | None = None

@@ -8,7 +8,9 @@ class Scheduler:
     """Chooses what each step computes: first come, first served, within pages and budget.
 
     Sequences that decode always get their token; prompts share what is left of the step's budget,
-    so that a long one is computed in chunks beside running streams. A sequence is admitted with
+    so that a long one is computed in chunks beside running streams. A step that streams wait for is
+    kept short: it has so many tokens for each prompt that waits, which is many for many prompts,
+    when more is lost by waiting than by slow streams. A sequence is admitted with
     the pages of all its tokens. When a decoding one needs a page and none is free, the youngest
     running sequence gives up its pages and goes back to the head of the queue, to be computed
     again; since any sequence alone fits the pool, the oldest always moves on.
@@ -19,14 +21,24 @@ class Scheduler:
 
     It counts on tokens that launched steps will have chosen: a sequence moves on before its last
     token is known here.
+
+    Args:
+        step_tokens: that a step computes at most, as many as sequences at least.
+        chunk_tokens: of prompts, for each one that waits, in a step beside decoding sequences.
     """
 
     def __init__(
-        self, tree: PrefixTree, page_size: int, max_sequences: int, step_tokens: int
+        self,
+        tree: PrefixTree,
+        page_size: int,
+        max_sequences: int,
+        step_tokens: int,
+        chunk_tokens: int,
     ) -> None:
         self._tree = tree
         self._page_size = page_size
         self._step_tokens = step_tokens
+        self._chunk_tokens = chunk_tokens
         self._free_slots = list(reversed(range(max_sequences)))
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -43,6 +55,11 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, oldest sequence first; empty when there is nothing to do."""
         budget = self._step_tokens - len(self.running)
+        # Prompts are computed one after another: only the youngest can be half done.
+        half_done = bool(self.running) and self.running[-1].num_uncached > 1
+        if len(self.running) > half_done:
+            prompts = len(self.waiting) + half_done
+            budget = min(budget, self._chunk_tokens * prompts - half_done)
         chunks = []
         index = 0
         # A while loop, since preemption shortens the list behind the index.
