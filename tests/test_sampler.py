@@ -49,6 +49,27 @@ def test_frequencies_follow_the_exact_distribution(knobs: dict[str, float]) -> N
     assert_follows(np.bincount(tokens, minlength=VOCAB), distribution(LOGITS, **knobs))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("knobs", "left"),
+    [
+        ({"top_k": 1}, {1, 3}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": 3}, {0, 1, 3, 4}),
+        ({"top_p": 0.3}, {1, 3}),
+        ({"top_p": 0.7}, {1, 3}),
+        ({"top_p": 0.8}, {0, 1, 3, 4}),
+        ({"top_k": 3, "top_p": 0.75}, {1, 3}),
+        ({"min_p": 0.2}, {0, 1, 3, 4}),
+        ({"min_p": 0.3}, {1, 3}),
+    ],
+)
+def test_tokens_that_are_as_likely_stay_or_go_together(
+    knobs: dict[str, float], left: set[int]
+) -> None:
+    logits = torch.tensor([1.0, 4.0, 0.04, 4.0, 1.0]).log().repeat(400, 1)
+    assert set(sample(logits, [params(**knobs)] * 400, range(400))) == left
+
+
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     rng = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 300, generator=rng) * 3

@@ -61,7 +61,7 @@ def flashinfer() -> ModuleType:
     # Its CUDA norms come prebuilt as the other modules do; those it prefers compile at first use.
     os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
     library = importlib.import_module("flashinfer")
-    for name in ("activation", "norm", "sampling"):
+    for name in ("activation", "norm"):
         importlib.import_module(f"flashinfer.{name}")
     return library
 

@@ -105,7 +105,6 @@ def _modules(model: Compiled, dtype: torch.dtype, backends: Sequence[str]) -> It
     jit = functools.partial(importlib.import_module, package="flashinfer.jit")
     yield jit(".norm").gen_norm_module()
     yield jit(".activation").gen_act_and_mul_module(GATED_MODULES[model.activation])
-    yield jit(".sampling").gen_sampling_module()
     attention = jit(".attention.modules")
     kind = (dtype, dtype, dtype, torch.int32, model.head_dim, model.head_dim)
     no_position, no_half = 0, False

@@ -9,11 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from fi_runtime.kernels.library import flashinfer
 from fi_runtime.kernels.own import own
 
-MIN_TEMPERATURE = 1e-5
-"""Below it float32 logits could overflow; the likeliest token has all the weight long before."""
 WORD = (1 << 32) - 1
 
 
@@ -22,7 +19,8 @@ class Draws(NamedTuple):
 
     In this order: divide by the temperature; keep tokens of at least ``min_p`` times the
     likeliest one's probability; of those the ``top_k`` likeliest; of those the likeliest that
-    together have ``top_p`` of what is left; then the first in a race of the ``key``.
+    together have ``top_p`` of what is left; then the first in a race of the ``key``. Tokens as
+    likely as the last that is kept are kept, too.
     """
 
     temperature: torch.Tensor
@@ -57,7 +55,7 @@ class Slots(NamedTuple):
 
 
 def scratch_for(rows: int, device: torch.device) -> torch.Tensor:
-    """What ``race`` works in; it leaves it as it was."""
+    """What drawing without filters works in; it leaves it as it was."""
     return torch.zeros((2, rows), dtype=torch.int64, device=device)
 
 
@@ -70,7 +68,7 @@ def choose(
 
     Args:
         logits: (rows, vocab), floating point.
-        filtered: whether any row has a top_k, top_p or min_p; to look takes longer than to draw.
+        filtered: whether any row has a top_k, top_p or min_p, which take more looks at its logits.
         scratch: of ``scratch_for``, of as many rows at least.
 
     Returns:
@@ -80,32 +78,14 @@ def choose(
         tokens = choose_reference(logits, draws)
         slots.last_tokens[slots.own] = tokens
         return tokens
-    temperature = draws.temperature
-    if filtered:
-        clamped = temperature.clamp(min=MIN_TEMPERATURE).float()
-        weights = flashinfer().sampling.softmax(logits.float(), clamped)
-        logits = _keep(weights, draws).log_()
-        # They are divided already; rows of temperature 0 still want the likeliest.
-        temperature = temperature.ceil().clamp(max=1.0)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    own().race_tokens(logits, temperature, draws.key, slots.own, slots.last_tokens, tokens, scratch)
+    if filtered:
+        own().draw_filtered_tokens(logits, *draws, slots.own, slots.last_tokens, tokens)
+    else:
+        own().race_tokens(
+            logits, draws.temperature, draws.key, slots.own, slots.last_tokens, tokens, scratch
+        )
     return tokens
-
-
-def _keep(weights: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """As ``_filter``, of weights in any order. (rows, vocab)."""
-    sampling = flashinfer().sampling
-    vocab = weights.shape[-1]
-    least = draws.min_p.float()[:, None] * weights.amax(dim=-1, keepdim=True)
-    weights = weights.where(weights >= least, 0.0)
-    top_k = torch.where(draws.top_k > 0, draws.top_k, vocab).clamp(max=vocab).int()
-    weights = sampling.top_k_renorm_probs(weights, top_k)
-    # Deterministic, or else it would depend on which block came first what a row keeps.
-    # It reads the shares one after another, wherever a view's strides say that they lie.
-    top_p = draws.top_p.float().contiguous()
-    nucleus = sampling.top_p_renorm_probs(weights, top_p, is_deterministic=True)
-    # Its sums are rounded: at 1 it could still drop the unlikeliest.
-    return torch.where(draws.top_p[:, None] < 1, nucleus, weights)
 
 
 def choose_reference(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -128,16 +108,25 @@ def choose_reference(logits: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def _filter(weights: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """What is left of min-p, then top-k, then top-p of what is left. (rows, vocab), bool."""
+    """What is left of min-p, then top-k, then top-p of what is left. (rows, vocab), bool.
+
+    Tokens of equal weights stay or go together.
+    """
     vocab = weights.shape[-1]
     descending, order = weights.sort(dim=-1, descending=True, stable=True)
-    left = descending.where(descending >= draws.min_p[:, None] * descending[:, :1], 0.0)
-    top_k = torch.where(draws.top_k > 0, draws.top_k, vocab)
-    left = left.where(torch.arange(vocab, device=left.device) < top_k[:, None], 0.0)
-    total = left.sum(dim=-1, keepdim=True)
+    top_k = torch.where(draws.top_k > 0, draws.top_k, vocab).clamp(max=vocab).long()
+    least = torch.maximum(
+        draws.min_p[:, None] * descending[:, :1], descending.gather(1, top_k[:, None] - 1)
+    )
+    left = descending.where(descending >= least, 0.0)
+    # What the heavier tokens have together: all before the first of equal weight.
     before = left.cumsum(dim=-1) - left
+    first = torch.ones_like(left, dtype=torch.bool)
+    first[:, 1:] = left[:, 1:] < left[:, :-1]
+    heavier = before.where(first, 0.0).cummax(dim=-1).values
     # The likeliest token has nothing before it and so always stays.
-    nucleus = (before < draws.top_p[:, None] * total) | (draws.top_p[:, None] >= 1)
+    nucleus = heavier < draws.top_p[:, None] * left.sum(dim=-1, keepdim=True)
+    nucleus |= draws.top_p[:, None] >= 1
     return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order, nucleus & (left > 0))
 
 

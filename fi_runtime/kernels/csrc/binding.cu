@@ -15,6 +15,9 @@ void place_qkv(TensorView qkv, TensorView q_out, Optional<TensorView> q_gain,
 void embed_tokens(TensorView tokens, TensorView last_tokens, TensorView table, TensorView out);
 void race_tokens(TensorView logits, TensorView temperatures, TensorView keys, TensorView slots,
                  TensorView last_tokens, TensorView chosen, TensorView scratch);
+void draw_filtered_tokens(TensorView logits, TensorView temperatures, TensorView top_ks,
+                          TensorView top_ps, TensorView min_ps, TensorView keys, TensorView slots,
+                          TensorView last_tokens, TensorView chosen);
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear, linear);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_add, linear_add);
@@ -22,5 +25,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(linear_silu_and_mul, linear_silu_and_mul);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(place_qkv, place_qkv);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(embed_tokens, embed_tokens);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(race_tokens, race_tokens);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(draw_filtered_tokens, draw_filtered_tokens);
 
 }  // namespace fi_runtime

@@ -101,7 +101,8 @@ __device__ __forceinline__ V read_fresh(const V* at) {
   return value;
 }
 
-__device__ __forceinline__ float sum_of_warp(float x) {
+template <typename V>
+__device__ __forceinline__ V sum_of_warp(V x) {
 #pragma unroll
   for (int step = kWarp / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffff, x, step);
   return x;
