@@ -172,7 +172,7 @@ def main(
         "doctor": lambda: _run("fi_runtime", "doctor"),
         "attention": attention,
         "served": lambda: served(out, kernels),
-        "transport": lambda: _run("bench.transport", "--out", str(out / "transport.json")),
+        "transport": lambda: _run("bench.transport", "4", "--out", str(out / "transport.json")),
         "serving": serving,
         **{name: functools.partial(measure, name) for name in ALONE},
     }
