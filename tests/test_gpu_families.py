@@ -22,15 +22,12 @@ from fi_runtime.kernels.norm import (
 from tests.layouts import make_layout
 from tests.test_families import gemma2, gemma3, mistral, phi3, qwen2, rope
 from tests.test_gpu import (
-    GREEDY,
     LIMITS,
+    assert_logprobs_are_near,
     caches,
     compare,
     error,
-    forced_logprobs,
-    gpu_engine,
     normal,
-    transformers_model,
 )
 
 pytestmark = [
@@ -106,16 +103,4 @@ def test_logprobs_are_as_near_as_transformers_own(name: str, tmp_path: Path) -> 
     torch.manual_seed(3)
     # bfloat16 on disk: all that are compared then have the same weights.
     MODELS[name]().bfloat16().save_pretrained(tmp_path)
-    rng = random.Random(0)
-    prompts = [rng.choices(range(199), k=n) for n in (1, 2, 7, 16, 33, 64, 100, 127, 200, 300)]
-    results = gpu_engine(tmp_path, step_tokens=256).generate(prompts, GREEDY)
-    wide, narrow = (transformers_model(tmp_path, d) for d in (torch.float32, torch.bfloat16))
-    ours, theirs = [], []
-    for prompt, result in zip(prompts, results, strict=True):
-        tokens = prompt + result.tokens
-        right = forced_logprobs(wide, tokens, len(prompt))
-        ours.append((torch.tensor(result.logprobs) - right).abs())
-        theirs.append((forced_logprobs(narrow, tokens, len(prompt)) - right).abs())
-    own_error, their_error = torch.cat(ours).mean(), torch.cat(theirs).mean()
-    print(f"{name}: mean logprob error {own_error:.5f}, transformers' own {their_error:.5f}")
-    assert own_error <= 1.1 * their_error
+    assert_logprobs_are_near(tmp_path, 199)
