@@ -43,6 +43,7 @@ KNOBS = {
 TYPES: dict[str, tuple[str, type]] = {
     "text_input": ("BYTES", object),
     "input_ids": ("INT32", np.int32),
+    "messages": ("BYTES", object),
     "stream": ("BOOL", bool),
     "sampling_parameters": ("BYTES", object),
     "exclude_input_in_output": ("BOOL", bool),
@@ -72,6 +73,15 @@ TYPES: dict[str, tuple[str, type]] = {
     "return_log_probs": ("BOOL", bool),
     "return_token_ids": ("BOOL", bool),
 }
+
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'user' %}{{ raise_exception('a user begins') }}{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""of the checkpoint that test servers serve"""
 
 
 # The checkpoint
@@ -142,6 +152,8 @@ def write_checkpoint(folder: Path) -> Qwen3ForCausalLM:
             head[sorted(allowed), channel] = 0.0
     model.save_pretrained(folder)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
+    chat = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(chat))
     return model
 
 

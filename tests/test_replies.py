@@ -1,17 +1,19 @@
 """How an answer's tokens become responses, whatever groups they come and go in."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fi_runtime.frontend.replies import Answer, Grouping, Tensors
-from fi_runtime.frontend.requests import max_prompt_bytes, parse_request
+from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.messages import EngineInfo, Output
 from tests.test_text import BYTES
 
 INFO = EngineInfo(pid=1, vocab_size=256, max_context=1000, tokenizer="")
+SERVED = Served.of(Path("nowhere"), BYTES, INFO)
 FLAGS = (
     "stream",
     "return_finish_reason",
@@ -28,7 +30,7 @@ def answer(grouping: Grouping, n: int = 1, **knobs: object) -> Answer:
         "sampling_parameters": np.array([sampling], dtype=object),
         **{flag: np.array([True]) for flag in FLAGS},
     }
-    request = parse_request(tensors, {}, BYTES, INFO, max_prompt_bytes(BYTES, INFO))
+    request = parse_request(tensors, {}, SERVED)
     return Answer(request, BYTES, grouping)
 
 

@@ -1,18 +1,19 @@
 """What a request may say, and what it hears when it says something else."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from fi_runtime.frontend.errors import RequestError
-from fi_runtime.frontend.requests import Request, max_prompt_bytes, parse_request
+from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.messages import EngineInfo
 from tests.test_text import BYTES
 
 INFO = EngineInfo(pid=1, vocab_size=256, max_context=100, tokenizer="")
-MAX_BYTES = max_prompt_bytes(BYTES, INFO)
+SERVED = Served.of(Path("nowhere"), BYTES, INFO)
 
 
 def tensor(value: Any) -> np.ndarray:
@@ -27,7 +28,7 @@ def tensor(value: Any) -> np.ndarray:
 
 def parse(parameters: dict[str, object] | None = None, **inputs: Any) -> Request:
     tensors = {name: tensor(value) for name, value in inputs.items()}
-    return parse_request(tensors, parameters or {}, BYTES, INFO, MAX_BYTES)
+    return parse_request(tensors, parameters or {}, SERVED)
 
 
 def refused(parameters: dict[str, object] | None = None, **inputs: Any) -> tuple[str, str]:
@@ -103,15 +104,15 @@ def test_the_answer_is_cut_to_the_context() -> None:
 
 def test_any_seed_of_64_bits_is_taken() -> None:
     biggest = np.array([[(1 << 64) - 1]], dtype=np.uint64)
-    parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, BYTES, INFO, MAX_BYTES)
+    parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, SERVED)
     assert parsed.samples[0].seed == (1 << 63) - 1
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({}, ["one of text_input and input_ids", "neither"]),
-        ({"text_input": "a", "input_ids": [1]}, ["both"]),
+        ({}, ["give one of text_input, input_ids, messages; found none of them"]),
+        ({"text_input": "a", "input_ids": [1]}, ["found text_input and input_ids"]),
         ({"text_input": ""}, ["empty"]),
         ({"text_input": b"\xff\xfe"}, ["text_input", "UTF-8"]),
         ({"text_input": ["a", "b"]}, ["text_input", "2 elements", "give 1"]),
@@ -175,7 +176,7 @@ def test_what_is_wrong_is_named_with_what_is_allowed(
 def test_a_batch_in_one_request_is_refused() -> None:
     two = np.array([[b"a"], [b"b"]], dtype=np.object_)
     with pytest.raises(RequestError, match="holds one prompt"):
-        parse_request({"text_input": two}, {}, BYTES, INFO, MAX_BYTES)
+        parse_request({"text_input": two}, {}, SERVED)
 
 
 @pytest.mark.parametrize(

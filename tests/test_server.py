@@ -515,8 +515,8 @@ def test_logprobs_are_those_of_transformers(server: TritonServer, reference: Ref
 
 
 BAD: list[tuple[str, dict[str, Any], list[str]]] = [
-    ("nothing", {}, ["text_input", "input_ids", "neither"]),
-    ("two prompts", {"text_input": "a", "input_ids": [1]}, ["text_input", "input_ids", "both"]),
+    ("nothing", {}, ["text_input, input_ids, messages", "none of them"]),
+    ("two prompts", {"text_input": "a", "input_ids": [1]}, ["text_input and input_ids"]),
     ("empty prompt", {"text_input": ""}, ["empty"]),
     ("long prompt", {"text_input": "a" * CONTEXT}, [str(CONTEXT), str(CONTEXT - 1)]),
     ("token id", {"input_ids": [1, 256]}, ["input_ids", "256", "0 to 255"]),

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from fi_runtime.frontend.chat import ChatTemplate, read_messages
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
 from fi_runtime.frontend.knobs import Knobs, as_list, convert, read_knobs
@@ -41,6 +43,28 @@ LISTS = {"input_ids", "stop_words", "bad_words"}
 """Inputs of any length; all others hold one element."""
 
 
+PROMPTS = ("text_input", "input_ids", "messages")
+"""Inputs of which a request gives one."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """What of the checkpoint and its engine requests are read with."""
+
+    tokenizer: Tokenizer
+    info: EngineInfo
+    chat: ChatTemplate
+    max_prompt_bytes: int
+    """of text, beyond which no prompt can fit the context, whatever its tokens"""
+
+    @classmethod
+    def of(cls, checkpoint: Path, tokenizer: Tokenizer, info: EngineInfo) -> "Served":
+        """The checkpoint of that folder, whose tokenizer and engine are given."""
+        longest = max(len(token.encode()) for token in tokenizer.get_vocab())
+        chat = ChatTemplate(checkpoint, tokenizer)
+        return cls(tokenizer, info, chat, max_prompt_bytes=info.max_context * longest)
+
+
 @dataclass(frozen=True)
 class Request:
     prompt: list[int]
@@ -60,16 +84,13 @@ class Request:
 def parse_request(
     tensors: Mapping[str, npt.NDArray[Any]],
     parameters: Mapping[str, object],
-    tokenizer: Tokenizer,
-    info: EngineInfo,
-    max_prompt_bytes: int,
+    served: Served,
 ) -> Request:
     """Check a request and make it ready for the engine.
 
     Args:
         tensors: by name, with or without a batch dimension of 1; strings as bytes objects.
         parameters: the request's own; names that are no input of ours are left alone.
-        max_prompt_bytes: of ``max_prompt_bytes``.
 
     Raises:
         RequestError: says what was given and what is allowed.
@@ -86,16 +107,16 @@ def parse_request(
             "leave exclude_input_in_output out or set it to true",
         )
     knobs = read_knobs(inputs, parameters)
-    _check_length(given.get("text_input"), max_prompt_bytes)
-    prompt, text = _prompt(given, tokenizer, info)
-    room = info.max_context - len(prompt)
+    prompt, text = _prompt(given, served)
+    max_context = served.info.max_context
+    room = max_context - len(prompt)
     if room < 1:
         raise RequestError(
             "INVALID_ARG",
-            f"the prompt has {len(prompt)} tokens; at most {info.max_context - 1} leave room for "
-            f"an answer in the context of {info.max_context}",
+            f"the prompt has {len(prompt)} tokens; at most {max_context - 1} leave room for "
+            f"an answer in the context of {max_context}",
         )
-    params = _params(knobs, flags, tokenizer, room)
+    params = _params(knobs, flags, served.tokenizer, room)
     echo = not (flags.stream or flags.exclude_input_in_output)
     return Request(
         prompt=prompt,
@@ -195,44 +216,49 @@ def _text(name: str, value: object) -> str:
         raise RequestError("INVALID_ARG", f"{name} is not UTF-8: {error}") from None
 
 
-def max_prompt_bytes(tokenizer: Tokenizer, info: EngineInfo) -> int:
-    """Bytes of text beyond which no prompt can fit the context, whatever its tokens."""
-    return info.max_context * max(len(token.encode()) for token in tokenizer.get_vocab())
+def _prompt(given: Mapping[str, object], served: Served) -> tuple[list[int], str]:
+    """The prompt as tokens and as text."""
+    names = [name for name in PROMPTS if name in given]
+    if len(names) != 1:
+        found = " and ".join(names) or "none of them"
+        raise RequestError("INVALID_ARG", f"give one of {', '.join(PROMPTS)}; found {found}")
+    most = served.max_prompt_bytes
+    if "input_ids" in given:
+        prompt = _token_ids(given["input_ids"], served.info)
+        text = str(served.tokenizer.decode(prompt))
+    elif "messages" in given:
+        messages = read_messages(str(given["messages"]), most, served.info.max_context)
+        text = served.chat.render(messages)
+        _check_length("the text of messages", text, most)
+        # A template writes all special tokens itself; the tokenizer's would come twice.
+        prompt = list(served.tokenizer.encode(text, add_special_tokens=False).ids)
+    else:
+        text = str(given["text_input"])
+        _check_length("text_input", text, most)
+        prompt = list(served.tokenizer.encode(text).ids)
+    if not prompt:
+        raise RequestError("INVALID_ARG", "the prompt is empty; give at least one token")
+    return prompt, text
 
 
-def _check_length(text: object, most: int) -> None:
+def _check_length(name: str, text: str, most: int) -> None:
     """Refuse what is too long anyway before time is spent on its tokens, which others wait for."""
-    size = len(text.encode()) if isinstance(text, str) else 0
+    size = len(text.encode())
     if size > most:
         raise RequestError(
             "INVALID_ARG",
-            f"text_input has {size} bytes; more than {most} do not fit the context, whatever "
+            f"{name} has {size} bytes; more than {most} do not fit the context, whatever "
             "their tokens",
         )
 
 
-def _prompt(
-    given: Mapping[str, object], tokenizer: Tokenizer, info: EngineInfo
-) -> tuple[list[int], str]:
-    """The prompt as tokens and as text."""
-    if ("text_input" in given) == ("input_ids" in given):
-        found = "both" if "text_input" in given else "neither"
+def _token_ids(value: object, info: EngineInfo) -> list[int]:
+    ids: list[int] = convert({"input_ids": value}, {"input_ids": list[int]})["input_ids"]
+    outside = [token for token in ids if not 0 <= token < info.vocab_size]
+    if outside:
         raise RequestError(
-            "INVALID_ARG", f"give one of text_input and input_ids; {found} was given"
+            "INVALID_ARG",
+            f"input_ids: token id {outside[0]} is outside the vocabulary; "
+            f"allowed are 0 to {info.vocab_size - 1}",
         )
-    if "text_input" in given:
-        text = str(given["text_input"])
-        prompt = list(tokenizer.encode(text).ids)
-    else:
-        prompt = convert({"input_ids": given["input_ids"]}, {"input_ids": list[int]})["input_ids"]
-        outside = [token for token in prompt if not 0 <= token < info.vocab_size]
-        if outside:
-            raise RequestError(
-                "INVALID_ARG",
-                f"input_ids: token id {outside[0]} is outside the vocabulary; "
-                f"allowed are 0 to {info.vocab_size - 1}",
-            )
-        text = str(tokenizer.decode(prompt))
-    if not prompt:
-        raise RequestError("INVALID_ARG", "the prompt is empty; give at least one token")
-    return prompt, text
+    return ids

@@ -27,7 +27,7 @@ from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
-from fi_runtime.frontend.requests import max_prompt_bytes, parse_request
+from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, Step, encode
 from fi_runtime.shared_memory import remove_of_stub
@@ -151,7 +151,7 @@ class TritonPythonModel:
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._max_prompt_bytes = max_prompt_bytes(self._tokenizer, self._link.info)
+        self._served = Served.of(Path(config.checkpoint), self._tokenizer, self._link.info)
 
     def _submit(self, request: Any, responder: Responder) -> None:
         arrived = time.monotonic()
@@ -161,9 +161,7 @@ class TritonPythonModel:
             if (tensor := pb.get_input_tensor_by_name(request, name)) is not None
         }
         parameters = json.loads(request.parameters() or "{}")
-        parsed = parse_request(
-            tensors, parameters, self._tokenizer, self._link.info, self._max_prompt_bytes
-        )
+        parsed = parse_request(tensors, parameters, self._served)
         if parsed.flags.stream and not self._decoupled:
             raise RequestError(
                 "INVALID_ARG",
