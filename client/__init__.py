@@ -12,12 +12,13 @@
 from client.answer import Answer, Timing
 from client.connection import connect
 from client.errors import ClientError, Refused, TimedOut, Unreachable
-from client.request import Piece, Request
+from client.request import Message, Piece, Request
 from client.transport import Protocol, Transport
 
 __all__ = [
     "Answer",
     "ClientError",
+    "Message",
     "Piece",
     "Protocol",
     "Refused",

@@ -18,7 +18,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Generator, Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -38,12 +37,8 @@ from client.console import (
 )
 from client.errors import ClientError
 from client.request import DEFAULT_TIMEOUT_S, Piece, Request
-from client.template import ChatTemplate
 from client.transport import Protocol, Transport
 
-DEMO_CHECKPOINT = (
-    Path(__file__).resolve().parent.parent / "model_repository" / "llm" / "demo_checkpoint"
-)
 CHAT_MAX_TOKENS = 512
 
 EXIT_CODES = """\
@@ -175,13 +170,6 @@ def generate(
 def chat(
     url: Url = None,
     protocol: ProtocolOption = "grpc",
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="The folder of the served checkpoint, for its tokenizer's chat template.",
-            show_default="the demo checkpoint, where there is one",
-        ),
-    ] = None,
     model: Annotated[str | None, typer.Option(help="The model to ask.", show_default="llm")] = None,
     max_tokens: Annotated[
         int, typer.Option(help="Tokens at most in a turn.", show_default=True)
@@ -196,12 +184,13 @@ def chat(
 ) -> None:
     """Talk: one line a turn, all turns so far sent each time.
 
-    /reset forgets them; /quit or the end of input ends. From a pipe, each line is a turn, and the
-    first failure ends it all.
+    The served checkpoint's own chat template makes the prompt of them.
+
+    /reset forgets the turns; /quit or the end of input ends. From a pipe, each line is a turn, and
+    the first failure ends it all.
     """
     with exit_codes():
         settings = Request(
-            prompt="",
             stream=True,
             model=model,
             max_tokens=max_tokens,
@@ -213,12 +202,11 @@ def chat(
             stop=read_stop(stop),
             timeout_s=timeout,
         )
-        template = open_template(checkpoint)
         interactive = sys.stdin.isatty() and sys.stdout.isatty()
         with open_connection(protocol, url) as server:
             if interactive:
                 note(f"{settings.door} at {server.address}; /reset forgets, /quit ends")
-            conversation = Conversation(server, template, settings)
+            conversation = Conversation(server, settings)
             for line in read_lines(interactive):
                 if line == "/quit":
                     break
@@ -273,15 +261,6 @@ def open_connection(protocol: Protocol, url: str | None) -> Transport:
         return connect(protocol, url)
     except ValueError as error:
         quit_usage(error)
-
-
-def open_template(checkpoint: Path | None) -> ChatTemplate:
-    if checkpoint is None and not DEMO_CHECKPOINT.is_dir():
-        quit_usage(
-            f"there is no {DEMO_CHECKPOINT}; "
-            "give with --checkpoint the folder of the checkpoint that is served"
-        )
-    return ChatTemplate(checkpoint or DEMO_CHECKPOINT)
 
 
 def read_prompt(given: str) -> str:

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from client.answer import Answer
 from client.errors import ClientError, Refused, TimedOut, Unreachable, one_line
-from client.template import TemplateError
 
 
 class Exit(IntEnum):
@@ -98,8 +97,6 @@ def exit_codes() -> Iterator[None]:
     except ClientError as error:
         fail(error)
         raise typer.Exit(EXITS[type(error)]) from None
-    except TemplateError as error:
-        quit_usage(error)
     except KeyboardInterrupt:
         note("interrupted")
         raise typer.Exit(Exit.INTERRUPTED) from None

@@ -3,18 +3,27 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 DEFAULT_TIMEOUT_S = 300.0
 STREAMING_MODEL = "llm"
 UNARY_MODEL = "llm_unary"
 
 
+class Message(TypedDict):
+    """One turn of one side of a conversation."""
+
+    role: str
+    """user, assistant, or what else the checkpoint's chat template knows, such as system"""
+    content: str
+
+
 @dataclass(frozen=True)
 class Request:
     """A prompt and how to answer it. A sampling parameter of None is left to the server."""
 
-    prompt: str
+    prompt: str = ""
+    """the text to go on from, where there are no messages"""
     stream: bool = False
     """whether pieces come as they are made, instead of one when all is made"""
     model: str | None = None
@@ -29,6 +38,8 @@ class Request:
     """strings that end the answer and are no part of it"""
     timeout_s: float = DEFAULT_TIMEOUT_S
     """for the whole answer"""
+    messages: tuple[Message, ...] = ()
+    """a conversation to answer; the served checkpoint's chat template makes it a prompt"""
 
     @property
     def door(self) -> str:
@@ -39,8 +50,13 @@ class Request:
         """The model's inputs by name, one element each."""
         names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
         sampling = {name: value for name in names if (value := getattr(self, name)) is not None}
+        prompt = (
+            {"messages": json.dumps(self.messages)}
+            if self.messages
+            else {"text_input": self.prompt}
+        )
         return {
-            "text_input": self.prompt,
+            **prompt,
             "stream": self.stream,
             "sampling_parameters": json.dumps(sampling),
             "exclude_input_in_output": True,

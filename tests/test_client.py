@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pty
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,15 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from tokenizers.processors import TemplateProcessing
 
 from client import Answer, Refused, Request, Unreachable, connect
-from client.template import ChatTemplate
 from client.transport import Address
-from tests.serving import CONTEXT, HANG_S, Reference, byte_tokenizer, engines, is_idle, wait_until
+from tests.serving import CONTEXT, HANG_S, Reference, engines, is_idle, wait_until
 from tools.serve import ROOT, TritonServer, free_ports
 
 CLIENT = [sys.executable, "-m", "client"]
@@ -38,12 +34,6 @@ WAYS = [
 ]
 every_way = pytest.mark.parametrize(("protocol", "stream"), WAYS)
 each_protocol = pytest.mark.parametrize("protocol", ["grpc", "http"])
-
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def where(server: TritonServer, protocol: str) -> list[str]:
@@ -216,7 +206,7 @@ def test_timeout(server: TritonServer, protocol: str, stream: str) -> None:
         ["generate", PROMPT, "--url", "http://127.0.0.1:8000"],
         ["generate", PROMPT, "--url", "127.0.0.1:http"],
         ["generate", "-"],
-        ["chat", "--checkpoint", "/nowhere"],
+        ["chat", "--top-p", "much"],
         ["chatter"],
     ],
     ids=" ".join,
@@ -284,19 +274,6 @@ def test_reader_leaves(server: TritonServer, protocol: str) -> None:
 # chat
 
 
-@pytest.fixture(scope="module")
-def chat_checkpoint(
-    reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The served checkpoint with a chat template."""
-    folder = tmp_path_factory.mktemp("chat")
-    for name in ("config.json", "tokenizer.json"):
-        shutil.copy(served_checkpoint / name, folder)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": TEMPLATE}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def replies(reference: Reference, turns: list[str]) -> list[str]:
     """What a conversation's turns are answered, each with all before it."""
     prompt, answers = "", []
@@ -308,12 +285,10 @@ def replies(reference: Reference, turns: list[str]) -> list[str]:
 
 
 @each_protocol
-def test_chat_from_a_pipe(
-    server: TritonServer, reference: Reference, chat_checkpoint: Path, protocol: str
-) -> None:
+def test_chat_from_a_pipe(server: TritonServer, reference: Reference, protocol: str) -> None:
     arguments = [*where(server, protocol), *GREEDY, "--max-tokens", str(TOKENS)]
     done = run(
-        *["chat", "--checkpoint", str(chat_checkpoint), *arguments],
+        *["chat", *arguments],
         stdin="one\ntwo\n\n/reset\none\n/quit\nnever said\n",
     )
     assert done.returncode == 0, done.stderr
@@ -322,43 +297,15 @@ def test_chat_from_a_pipe(
     assert done.stderr.count("tokens/s") == 3
 
 
-def test_chat_from_a_pipe_ends_with_its_first_failure(
-    server: TritonServer, chat_checkpoint: Path
-) -> None:
-    arguments = ["--checkpoint", str(chat_checkpoint), *where(server, "grpc"), "--top-p", "7"]
+def test_chat_from_a_pipe_ends_with_its_first_failure(server: TritonServer) -> None:
+    arguments = [*where(server, "grpc"), "--top-p", "7"]
     assert_failed(run("chat", *arguments, stdin="one\ntwo\n"), 1, "top_p=7")
 
 
-def test_chat_needs_a_template(server: TritonServer, served_checkpoint: Path) -> None:
-    arguments = ["--checkpoint", str(served_checkpoint), *where(server, "grpc")]
-    assert_failed(run("chat", *arguments, stdin="one\n"), 2, "no chat template")
-
-
-def test_template_leaves_out_what_the_tokenizer_adds(chat_checkpoint: Path, tmp_path: Path) -> None:
-    """A template may begin with the token that every prompt gets anyway."""
-    shutil.copytree(chat_checkpoint, tmp_path, dirs_exist_ok=True)
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens(["<s>"])
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    config |= {"bos_token": "<s>", "chat_template": "{{ bos_token }}" + TEMPLATE}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-
-    def rendered() -> str:
-        tokenizer.save(str(tmp_path / "tokenizer.json"))
-        return ChatTemplate(tmp_path).render([{"role": "user", "content": "one"}])
-
-    assert rendered().startswith("<s><|im_start|>user")
-    begin = [("<s>", tokenizer.token_to_id("<s>"))]
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=begin)
-    assert rendered().startswith("<|im_start|>user")
-
-
-def test_chat_at_a_terminal(
-    server: TritonServer, reference: Reference, chat_checkpoint: Path
-) -> None:
+def test_chat_at_a_terminal(server: TritonServer, reference: Reference) -> None:
     """Ctrl-C ends an answer; the conversation goes on until its end."""
     ours, theirs = pty.openpty()
-    arguments = ["chat", "--checkpoint", str(chat_checkpoint), *where(server, "grpc"), *ENDLESS]
+    arguments = ["chat", *where(server, "grpc"), *ENDLESS]
     seen = b""
 
     def wait_for(text: bytes) -> None:
