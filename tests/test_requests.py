@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fi_runtime.config import ConfigError
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.messages import EngineInfo
@@ -68,6 +69,47 @@ def test_sampling_parameters_come_before_tensors_before_the_requests_own() -> No
     assert request.samples[0].top_p == 0.9
     assert request.samples[0].top_k == 5
     assert request.samples[0].temperature == 1.0, "the request's own are ignored, not merged"
+
+
+def write_generation_config(folder: Path, **values: Any) -> Served:
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return Served.of(folder, BYTES, INFO)
+
+
+def test_what_a_request_leaves_out_is_the_checkpoints(tmp_path: Path) -> None:
+    values = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    others = {"eos_token_id": [1, 2], "max_new_tokens": 99, "min_p": None, "num_beams": 1}
+    served = write_generation_config(tmp_path, do_sample=True, **values, **others)
+
+    def sampling(**inputs: Any) -> tuple[float, ...]:
+        tensors = {name: tensor(value) for name, value in {"text_input": "a", **inputs}.items()}
+        [params] = parse_request(tensors, {"top_k": 7}, served).samples
+        assert (params.max_tokens, params.min_p) == (16, 0.0)
+        return params.temperature, params.top_k, params.top_p, params.repetition_penalty
+
+    assert sampling() == (0.6, 7, 0.8, 1.05)
+    assert sampling(sampling_parameters='{"top_p": null}') == (0.6, 20, 0.8, 1.05)
+    json = '{"temperature": 0, "top_p": 1, "repetition_penalty": 1}'
+    assert sampling(sampling_parameters=json, top_k=0) == (0.0, 0, 1.0, 1.0)
+
+
+def test_a_checkpoint_that_does_not_sample_says_nothing_of_how_to(tmp_path: Path) -> None:
+    served = write_generation_config(tmp_path, temperature=0.6, top_k=20, repetition_penalty=1.05)
+    assert served.defaults == {"repetition_penalty": 1.05}
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [({"temperature": -1}, "temperature=-1"), ({"top_p": "high"}, "top_p='high'")],
+)
+def test_a_generation_config_that_cannot_be(
+    tmp_path: Path, values: dict[str, Any], word: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"generation_config.json: {word}: Expected"):
+        write_generation_config(tmp_path, do_sample=True, **values)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read as a JSON obj"):
+        Served.of(tmp_path, BYTES, INFO)
 
 
 def test_values_may_be_strings() -> None:

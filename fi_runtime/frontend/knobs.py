@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
+from fi_runtime.config import ConfigError
 from fi_runtime.frontend.errors import RequestError, short
 from fi_runtime.messages import MAX_INT32, MAX_LOGPROBS, TokenId
 
@@ -69,8 +71,43 @@ NEUTRAL: dict[str, object] = {
 }
 
 
-def read_knobs(inputs: Mapping[str, object], parameters: Mapping[str, object]) -> Knobs:
+SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+"""What generation_config.json says of how to sample."""
+
+
+def checkpoint_defaults(checkpoint: Path) -> dict[str, Any]:
+    """What generation_config.json gives for requests that leave it out; nothing without that file.
+
+    As transformers reads it, how to sample counts with ``do_sample`` only. Lengths do not count:
+    ``max_tokens`` has the default that clients of both dialects know.
+
+    Raises:
+        ConfigError: it cannot be read, or a value is out of its range.
+    """
+    path = checkpoint / "generation_config.json"
+    try:
+        given = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except FileNotFoundError:
+        return {}
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a JSON object: {error}") from None
+    names = ("repetition_penalty", *(SAMPLING if given.get("do_sample") else ()))
+    values = {name: given[name] for name in names if given.get(name) is not None}
+    try:
+        return convert(values, KNOBS, f"{path}: ")
+    except RequestError as error:
+        raise ConfigError(str(error)) from None
+
+
+def read_knobs(
+    inputs: Mapping[str, object],
+    parameters: Mapping[str, object],
+    defaults: Mapping[str, Any],
+) -> Knobs:
     """Sampling parameters: of the JSON, else of tensors, else of the request's parameters.
+
+    Args:
+        defaults: of ``checkpoint_defaults``, for what none of them gives.
 
     Raises:
         RequestError: names what was given and what is allowed.
@@ -94,7 +131,7 @@ def read_knobs(inputs: Mapping[str, object], parameters: Mapping[str, object]) -
                 "UNSUPPORTED", f"{of}{name}={short(given[name])} is not supported; leave it out"
             )
     values = {name: value for name, value in given.items() if name in KNOBS and value is not None}
-    knobs = Knobs(**convert(values, KNOBS, of))
+    knobs = Knobs(**{**defaults, **convert(values, KNOBS, of)})
     words = convert({"stop_words": given.get("stop_words", [])}, {"stop_words": KNOBS["stop"]})
     knobs.stop = as_list(knobs.stop) + as_list(words["stop_words"])
     if knobs.min_tokens > knobs.max_tokens:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from fi_runtime.frontend.chat import ChatTemplate, read_messages
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
-from fi_runtime.frontend.knobs import Knobs, as_list, convert, read_knobs
+from fi_runtime.frontend.knobs import Knobs, as_list, checkpoint_defaults, convert, read_knobs
 from fi_runtime.messages import EngineInfo, SamplingParams
 
 
@@ -56,13 +56,24 @@ class Served:
     chat: ChatTemplate
     max_prompt_bytes: int
     """of text, beyond which no prompt can fit the context, whatever its tokens"""
+    defaults: Mapping[str, Any]
+    """sampling parameters of requests that leave them out"""
 
     @classmethod
     def of(cls, checkpoint: Path, tokenizer: Tokenizer, info: EngineInfo) -> "Served":
-        """The checkpoint of that folder, whose tokenizer and engine are given."""
+        """The checkpoint of that folder, whose tokenizer and engine are given.
+
+        Raises:
+            ConfigError: its generation_config.json has something that cannot be.
+        """
         longest = max(len(token.encode()) for token in tokenizer.get_vocab())
-        chat = ChatTemplate(checkpoint, tokenizer)
-        return cls(tokenizer, info, chat, max_prompt_bytes=info.max_context * longest)
+        return cls(
+            tokenizer,
+            info,
+            ChatTemplate(checkpoint, tokenizer),
+            max_prompt_bytes=info.max_context * longest,
+            defaults=checkpoint_defaults(checkpoint),
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ def parse_request(
             "exclude_input_in_output=false with stream=true: a stream never repeats the prompt; "
             "leave exclude_input_in_output out or set it to true",
         )
-    knobs = read_knobs(inputs, parameters)
+    knobs = read_knobs(inputs, parameters, served.defaults)
     prompt, text = _prompt(given, served)
     max_context = served.info.max_context
     room = max_context - len(prompt)
