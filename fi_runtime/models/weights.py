@@ -1,7 +1,9 @@
 """Reads a checkpoint's tensors from its safetensors files, by name, straight to their device."""
 
+import itertools
 import logging
 import math
+import time
 import zlib
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +17,10 @@ from fi_runtime.models.config import DTYPES, read_json
 log = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
+PROGRESS_S = 5.0
+"""between two lines of the log"""
+STAGING_BYTES = 32 << 20
+"""of each of two buffers: enough that launching a copy is nothing beside it"""
 
 
 class Weights(Protocol):
@@ -30,6 +36,10 @@ class Weights(Protocol):
 class CheckpointWeights:
     """The tensors of a Hugging Face folder: one or several ``*.safetensors``, with their index.
 
+    Files are mapped, and each tensor is read by all of torch's threads. Beside the page cache, host
+    memory is taken by tensors that stay on the CPU in another dtype than the file's, and by two
+    staging buffers for a GPU; never by a file.
+
     Raises:
         ConfigError: a file missing, truncated or otherwise unreadable, naming it; at once, not
             when the tensor is taken.
@@ -38,17 +48,21 @@ class CheckpointWeights:
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._folder = folder
         self._dtype = dtype
-        self._device = device
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         for file in _files(folder):
-            handle = _open(folder / file, device)
+            handle = _open(folder / file)
             self._files[file] = handle
             self._file_of.update(dict.fromkeys(handle.keys(), file))
         self._left = set(self._file_of)
+        self._staging = _Staging(dtype, device) if device.type == "cuda" else None
+        self._progress = _Progress(folder, sum((folder / f).stat().st_size for f in self._files))
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """Read a tensor, converted to the dtype of the weights.
+        """Read a tensor to the device, converted to the dtype of the weights.
+
+        On a GPU it may still be on its way, which what is launched after waits for. On the CPU a
+        tensor of that dtype stays in the file, to be read when it is first used.
 
         Raises:
             ConfigError: no such tensor, or one of another shape.
@@ -74,14 +88,79 @@ class CheckpointWeights:
                 f"supported are {', '.join(DTYPES)}"
             )
         self._left.discard(name)
-        return tensor.to(self._dtype)
+        taken = self._staging.upload(tensor) if self._staging else tensor.to(self._dtype)
+        self._progress.add(tensor.nbytes)
+        return taken
 
     def close(self) -> None:
         """Close the files and name in the log the tensors that nothing has taken."""
         self._files.clear()
+        self._staging = None
+        self._progress.end()
         if self._left:
             some = ", ".join(sorted(self._left)[:5])
             log.warning("%s: %d tensors not used: %s", self._folder, len(self._left), some)
+
+
+class _Staging:
+    """Uploads through two pinned buffers: one is filled while the other is copied to the GPU.
+
+    From memory that is not pinned, the driver copies piece by piece while the host waits.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+        self._size = STAGING_BYTES // dtype.itemsize
+        self._turns = itertools.cycle(
+            [
+                (
+                    torch.empty(self._size, dtype=dtype, pin_memory=True),
+                    torch.cuda.Event(),  # type: ignore[no-untyped-call]
+                )
+                for _ in range(2)
+            ]
+        )
+
+    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the GPU in the buffers' dtype; its last part may be on its way."""
+        uploaded = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
+        parts = torch.split(tensor.flatten(), self._size)
+        places = torch.split(uploaded.view(-1), self._size)
+        for part, place in zip(parts, places, strict=True):
+            buffer, copied = next(self._turns)
+            copied.synchronize()
+            staged = buffer[: len(part)].copy_(part)
+            place.copy_(staged, non_blocking=True)
+            copied.record()
+        return uploaded
+
+
+class _Progress:
+    """Says in the log how far a checkpoint is loaded.
+
+    Args:
+        total: bytes of its files.
+    """
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self._folder = folder
+        self._total = total
+        self._loaded = 0
+        self._begin = self._said = time.monotonic()
+
+    def add(self, nbytes: int) -> None:
+        """So many bytes more of the files are loaded."""
+        self._loaded += nbytes
+        if time.monotonic() - self._said >= PROGRESS_S:
+            self._said = time.monotonic()
+            share = self._loaded / self._total
+            log.info("%s: %.0f%% of %.1f GB loaded", self._folder, 100 * share, self._total / 1e9)
+
+    def end(self) -> None:
+        """No more is loaded."""
+        seconds = time.monotonic() - self._begin
+        log.info("%s: %.1f GB loaded in %.1f s", self._folder, self._loaded / 1e9, seconds)
 
 
 class DummyWeights:
@@ -141,9 +220,9 @@ def _files(folder: Path) -> list[str]:
     return files
 
 
-def _open(path: Path, device: torch.device) -> Any:
+def _open(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt", device=str(device))
+        return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"{path}: not a whole safetensors file ({path.stat().st_size} bytes): {error}"
