@@ -1,6 +1,7 @@
 """Conversations become the prompts that transformers makes of them; what is none is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.messages import EngineInfo
 from tests.serving import (
+    KNOBS,
     UNARY,
     Reference,
     byte_tokenizer,
@@ -26,6 +28,7 @@ from tests.serving import (
     stream,
 )
 from tests.test_requests import tensor
+from tools.repository import write_repository
 from tools.serve import TritonServer
 
 INFO = EngineInfo(pid=1, vocab_size=300, max_context=400, tokenizer="")
@@ -133,6 +136,14 @@ def test_a_template_in_a_file_of_its_own_comes_first(tmp_path: Path) -> None:
     tokenizer = write(tmp_path, ALTERNATING)
     (tmp_path / "chat_template.jinja").write_text(CHATML)
     assert parse(tmp_path, tokenizer, TURNS).echo.startswith("<|im_start|>system")
+
+
+def test_a_checkpoint_whose_tokenizer_had_to_be_converted(tmp_path: Path) -> None:
+    """Its folder has no tokenizer.json; the front end was given one that is elsewhere."""
+    tokenizer = write(tmp_path, HEADERS)
+    expected = parse(tmp_path, tokenizer, TURNS).prompt
+    (tmp_path / "tokenizer.json").unlink()
+    assert parse(tmp_path, tokenizer, TURNS).prompt == expected
 
 
 def test_of_several_templates_the_default_is_used(tmp_path: Path) -> None:
@@ -244,18 +255,18 @@ def test_rendering_needs_no_torch(tmp_path: Path) -> None:
 ASKED = [{"role": "user", "content": "what is 世界?"}]
 RENDERED = "<|im_start|>user\nwhat is 世界?<|im_end|>\n<|im_start|>assistant\n"
 TOKENS = 24
-KNOBS = {"max_tokens": TOKENS, "temperature": 0.0}
+GREEDY = {"max_tokens": TOKENS, "temperature": 0.0}
 
 
 def test_each_door_answers_a_conversation(server: TritonServer, reference: Reference) -> None:
     expected = reference.text(RENDERED, TOKENS)
     messages = json.dumps(ASKED)
-    assert joined(stream(server, messages=messages, **KNOBS)) == expected
-    assert infer_grpc(server, messages=messages, **KNOBS).text == RENDERED + expected
-    found = infer_http(server, messages=messages, exclude_input_in_output=True, **KNOBS)
+    assert joined(stream(server, messages=messages, **GREEDY)) == expected
+    assert infer_grpc(server, messages=messages, **GREEDY).text == RENDERED + expected
+    found = infer_http(server, messages=messages, exclude_input_in_output=True, **GREEDY)
     assert found.text == expected
-    assert infer_grpc(server, parameters={"messages": messages}, **KNOBS).text.endswith(expected)
-    status, body = generate(server, UNARY, messages=messages, **KNOBS)
+    assert infer_grpc(server, parameters={"messages": messages}, **GREEDY).text.endswith(expected)
+    status, body = generate(server, UNARY, messages=messages, **GREEDY)
     assert (status, body["text_output"]) == (200, RENDERED + expected)
 
 
@@ -267,3 +278,18 @@ def test_a_server_says_what_is_wrong_with_a_conversation(server: TritonServer) -
     code, message = error_of(infer_grpc, server, messages=system)
     assert code == "StatusCode.INVALID_ARGUMENT"
     assert message.endswith("refuses them: a user begins")
+
+
+def test_a_server_answers_as_the_checkpoint_says(
+    reference: Reference, served_checkpoint: Path, tmp_path: Path
+) -> None:
+    """By a generation_config.json that keeps one token, what is drawn is the likeliest."""
+    checkpoint = shutil.copytree(served_checkpoint, tmp_path / "checkpoint")
+    file = checkpoint / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "top_k": 1, "temperature": 2.0}))
+    repository = write_repository(tmp_path / "repository", checkpoint, KNOBS, instances=1)
+    with TritonServer(repository, log=tmp_path / "log") as server:
+        server.wait_ready()
+        asked = {"text_input": "x", "max_tokens": TOKENS, "exclude_input_in_output": True}
+        assert infer_grpc(server, **asked).text == reference.text("x", TOKENS)
+        assert infer_grpc(server, **asked, top_k=0).text != reference.text("x", TOKENS)
