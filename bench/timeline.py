@@ -2,7 +2,9 @@
 
     python -m bench.timeline [MODEL ...] [--batch 64 ...] [--kernels FOLDER] [--out FILE]
 
-Greedy, each sequence with 1,024 tokens of context; recorded by torch's profiler once all decode.
+Each sequence has 1,024 tokens of context; recorded by torch's profiler once all decode. Beside it,
+how long the host takes for a step by itself.
+
 With ``--out``, each trace lies beside the file as FILE-MODEL-BATCH.json.gz, for Perfetto to open.
 Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
@@ -11,13 +13,16 @@ import gzip
 import json
 import random
 import re
+import statistics
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -86,11 +91,13 @@ def short(name: str) -> str:
     return re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0][:60]
 
 
-def record(engine: Engine, batch: int, trace: Path) -> None:
-    """Leave a trace of the steps in a file."""
+def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> float:
+    """Leave a trace of the steps in a file; the median of the host's seconds for others.
+
+    For these the host waits before each step for all that was launched, and so within none.
+    """
     rng = random.Random(batch)
     prompts = [[rng.randint(0, VOCABULARY) for _ in range(CONTEXT)] for _ in range(batch)]
-    params = SamplingParams(max_tokens=1024, temperature=0.0, seed=0, ignore_eos=True)
     keys = [(b"", number) for number in range(batch)]
     for key, prompt in zip(keys, prompts, strict=True):
         engine.add(key, prompt, params)
@@ -98,21 +105,32 @@ def record(engine: Engine, batch: int, trace: Path) -> None:
     while min(tokens.values()) < WARM_UP:
         for key, output in engine.step():
             tokens[key] += len(output.tokens)
-    with profile(activities=[ProfilerActivity.CUDA]) as recording:
-        for _ in range(STEPS):
-            engine.step()
+    host = []
+    for _ in range(STEPS):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        engine.step()
+        host.append(time.perf_counter() - begin)
+    for steps in (1, STEPS):  # to warm up, too
+        with profile(activities=[ProfilerActivity.CUDA]) as recording:
+            for _ in range(steps):
+                engine.step()
     recording.export_chrome_trace(str(trace))
     for key in keys:
         engine.abort(key)
     engine.step()
     engine.pool.forget()
+    return statistics.median(host)
 
 
-def point(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
-    """batch, context, step_us, longest_gap_us, idle_us of a step, kernels of all the steps."""
+def point(engine: Engine, batch: int, params: SamplingParams, keep: Path | None) -> dict[str, Any]:
+    """One batch's times of a step, in microseconds, and what the GPU's are made of.
+
+    Keys: batch, context, step_us, host_us, longest_gap_us, idle_us, kernels of all the steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        record(engine, batch, path)
+        host_s = record(engine, batch, params, path)
         text = path.read_bytes()
     if keep is not None:
         keep.write_bytes(gzip.compress(text))
@@ -122,6 +140,7 @@ def point(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
         "batch": batch,
         "context": CONTEXT,
         "step_us": round((max(span.end for span in spans) - spans[0].begin) / STEPS, 1),
+        "host_us": round(host_s * 1e6, 1),
         "longest_gap_us": round(max(gaps), 1),
         "idle_us": round(sum(gaps) / STEPS, 1),
         "kernels": totals_of(spans),
@@ -129,7 +148,11 @@ def point(engine: Engine, batch: int, keep: Path | None) -> dict[str, Any]:
 
 
 def measure(
-    model: str, batches: list[int], kernels: Path | None, out: Path | None
+    model: str,
+    batches: list[int],
+    params: SamplingParams,
+    kernels: Path | None,
+    out: Path | None,
 ) -> list[dict[str, Any]]:
     """A row for each batch."""
     rows = []
@@ -137,25 +160,37 @@ def measure(
         engine, _ = engine_of(model, kernels, Path(name))
         for batch in batches:
             keep = out and out.with_name(f"{out.stem}-{model}-{batch}.json.gz")
-            rows.append({"model": model, **point(engine, batch, keep)})
+            rows.append({"model": model, **point(engine, batch, params, keep)})
     return rows
 
 
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="May be given again.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0,
     kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Record each model and print where its time goes."""
     console = Console(width=120)
+    params = SamplingParams(
+        max_tokens=1024,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=0,
+        ignore_eos=True,
+    )
     rows: list[dict[str, Any]] = []
     for model in models or PEERS:
-        rows += measure(model, batch or BATCHES, kernels, out)
+        rows += measure(model, batch or BATCHES, params, kernels, out)
         release()
     for row in rows:
         title = (
-            "{model}, batch {batch}: step {step_us} us, idle {idle_us}, longest {longest_gap_us}"
+            "{model}, batch {batch}: step {step_us} us, host {host_us}, idle {idle_us}, "
+            "longest {longest_gap_us}"
         )
         table = Table("kernel", "calls a step", "us a step", title=title.format(**row))
         for total in row["kernels"]:
@@ -163,7 +198,8 @@ def main(
             table.add_row(total["kernel"], f"{calls:.1f}", f"{us:.1f}")
         console.print(table)
     if out is not None:
-        write_results(out, rows, "python -m bench.timeline --kernels KERNELS --out FILE")
+        drawing = f"--temperature {temperature} --top-k {top_k} --top-p {top_p}"
+        write_results(out, rows, f"python -m bench.timeline {drawing} --kernels KERNELS --out FILE")
 
 
 if __name__ == "__main__":
