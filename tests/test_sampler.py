@@ -115,9 +115,8 @@ def test_times_are_exponential_and_differ_by_seed_index_and_token() -> None:
 def test_logprobs_report_the_chosen_token_its_rank_and_the_likeliest() -> None:
     table = LOGITS.double().log_softmax(0)
     order = table.argsort(descending=True).tolist()
-    rows = [params(), params(logprobs=0), params(logprobs=3)]
     chosen = [order[2]] * 3
-    found = logprobs(LOGITS.repeat(3, 1), torch.tensor(chosen), rows)
+    found = logprobs(LOGITS.repeat(3, 1), torch.tensor(chosen), [None, 0, 3])
     assert found is not None
     none, own, likeliest = found.wait(chosen)
     assert none is None

@@ -93,10 +93,12 @@ class Runner:
             completing = np.array([chunk.completes for chunk in chunks], dtype=bool)
             rows = (layout.query_starts[1:] - 1)[completing].astype(np.int64)
             logits = self._model.logits(hidden[upload(rows, self._device)])
-        wanted = edited(logits, sequences)
-        dead_ends: dict[int, str] = {}
-        if any(sequence.guide for sequence in sequences):
-            wanted, dead_ends = guided(logits, wanted, [sequence.guide for sequence in sequences])
+        wanted, dead_ends = logits, dict[int, str]()
+        if any(sequence.looks_back for sequence in sequences):
+            wanted = edited(logits, sequences)
+            guides = [sequence.guide for sequence in sequences]
+            if any(guides):
+                wanted, dead_ends = guided(logits, wanted, guides)
         if graphs is not None and wanted is logits:
             chosen = graphs.choose(sampler.filters(draws), len(sequences))
         else:
@@ -106,7 +108,7 @@ class Runner:
             sequences,
             dead_ends,
             Download(chosen),
-            sampler.logprobs(logits, chosen, [sequence.params for sequence in sequences]),
+            sampler.logprobs(logits, chosen, [one.params.logprobs for one in sequences]),
         )
 
     def _forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:

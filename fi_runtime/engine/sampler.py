@@ -88,19 +88,20 @@ class Logprobs:
 
 
 def logprobs(
-    logits: torch.Tensor, chosen: torch.Tensor, params: Seq[SamplingParams]
+    logits: torch.Tensor, chosen: torch.Tensor, counts: Seq[int | None]
 ) -> Logprobs | None:
     """What rows ask to be told of their tokens' probabilities; None if nothing.
 
     Args:
         logits: (rows, vocab), as the model gave them.
         chosen: (rows,), int64: the token of each row.
+        counts: of the likeliest tokens that each row asks for beside it; None: nothing.
     """
-    asking = [(row, p.logprobs) for row, p in enumerate(params) if p.logprobs is not None]
+    asking = [(row, count) for row, count in enumerate(counts) if count is not None]
     if not asking:
         return None
-    rows, counts = zip(*asking, strict=True)
-    return Logprobs(logits, chosen, list(rows), list(counts))
+    rows, wanted = zip(*asking, strict=True)
+    return Logprobs(logits, chosen, list(rows), list(wanted))
 
 
 def keys(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

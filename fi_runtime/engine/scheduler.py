@@ -66,11 +66,16 @@ class Scheduler:
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
-            length = sequence.length
+            # Written out, as is all that every step does for every sequence.
+            length = len(sequence.tokens) + sequence.pending
             if length == sequence.max_length:
                 continue  # its last token is on its way
-            count = min(length - sequence.num_cached, budget + 1)
-            if count and self._hold_pages(sequence, length):
+            held = len(sequence.pages) * self._page_size
+            if length > held and not self._hold_pages(sequence, length):
+                continue
+            if length - sequence.num_cached == 1:
+                chunks.append(Chunk(sequence, 1, True))
+            elif count := min(length - sequence.num_cached, budget + 1):
                 chunks.append(self._chunk(sequence, count))
                 budget -= count - 1
         while self.waiting and self._free_slots and budget > 0:
@@ -112,7 +117,7 @@ class Scheduler:
         """A chunk, whose full pages others may use from now on."""
         if count > 1:
             self._keep(sequence, sequence.num_cached + count)
-        return Chunk(sequence, count)
+        return Chunk(sequence, count, count == sequence.num_uncached)
 
     def _keep(self, sequence: Sequence, tokens: int) -> None:
         """Put the full pages of the first ``tokens`` into the tree, up to one that is there."""
@@ -127,8 +132,6 @@ class Scheduler:
 
     def _hold_pages(self, sequence: Sequence, length: int) -> bool:
         """See that every token of a running sequence has its page; false if it was preempted."""
-        if length <= len(sequence.pages) * self._page_size:
-            return True
         missing = self._pages_for(length) - len(sequence.pages)
         while missing > self._tree.free:
             youngest = self.running.pop()

@@ -32,16 +32,17 @@ class Sequence:
     """tokens to follow that steps which were launched choose, and that are not known here yet"""
     prompt_length: int = field(init=False)
     max_length: int = field(init=False)
-    edits_logits: bool = field(init=False)
-    """whether its parameters change logits before a token is chosen"""
+    looks_back: bool = field(init=False)
+    """whether all its tokens must be known here before the next one can be chosen, since its
+    parameters or its guide change logits by them"""
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
         params = self.params
         self.max_length = self.prompt_length + params.max_tokens
-        self.edits_logits = (
+        self.looks_back = (
             params.min_tokens > 0
-            or bool(params.logit_bias or params.bad_tokens)
+            or bool(params.logit_bias or params.bad_tokens or params.guide)
             or params.repetition_penalty != 1.0
             or params.frequency_penalty != 0.0
             or params.presence_penalty != 0.0
@@ -62,11 +63,6 @@ class Sequence:
         """Tokens to compute before the next one can be chosen: 1 while decoding."""
         return self.length - self.num_cached
 
-    @property
-    def looks_back(self) -> bool:
-        """Whether all its tokens must be known here before the next one can be chosen."""
-        return self.edits_logits or self.guide is not None
-
 
 @dataclass(slots=True)
 class Chunk:
@@ -74,11 +70,5 @@ class Chunk:
 
     sequence: Sequence
     count: int
-
-    @property
-    def completes(self) -> bool:
-        """Whether the step computes the sequence's last token, so that a next one is chosen.
-
-        Asked before the step is launched.
-        """
-        return self.count == self.sequence.num_uncached
+    completes: bool
+    """whether the step computes the sequence's last token, so that a next one is chosen"""

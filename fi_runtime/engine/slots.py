@@ -39,7 +39,11 @@ class Slots:
     def draws(self, sequences: list[Sequence], slots: Int64s) -> torch.Tensor:
         """``sampler.draws_of`` of sequences that ``pages`` was asked for; ``slots``: theirs."""
         knobs = self._knobs[:, slots]
-        indices = np.array([one.length - one.prompt_length for one in sequences], dtype=np.uint64)
+        # Of the tokens to come, those pending counted.
+        indices = np.array(
+            [len(one.tokens) + one.pending - one.prompt_length for one in sequences],
+            dtype=np.uint64,
+        )
         return sampler.draws_of(knobs, self._seeds[slots], indices)
 
     def _refresh(self, sequence: Sequence) -> None:
