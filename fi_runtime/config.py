@@ -124,6 +124,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = 0
 
+    engine_restarts: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=1000,
+            description="engines that may die in a row, each before it has answered a request, and "
+            "be started again",
+        ),
+    ] = 6
+
     def __post_init__(self) -> None:
         """Put in what depends on the device where a knob was left at 0."""
         for name, value in _DEVICE_DEFAULTS[self.device].items():

@@ -78,7 +78,7 @@ class RunFolder:
 
     @property
     def failure(self) -> Path:
-        """Why the engine could not start, where it could not."""
+        """Why the engine could not start, or go on, where it could say so."""
         return self.path / "failure"
 
     @property
@@ -95,18 +95,17 @@ class RunFolder:
         fcntl.flock(file, fcntl.LOCK_EX)
         return file
 
+    def open_alive(self) -> IO[bytes]:
+        """That engine's file, to ask ``is_held`` about also when another has taken its place."""
+        return (self.path / "alive").open("rb")
+
     def engine_lives(self) -> bool:
         try:
-            file = (self.path / "alive").open("rb")
+            file = self.open_alive()
         except FileNotFoundError:
             return False
         with file:
-            try:
-                # Shared, so that two who ask at once do not take each other for an engine.
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+            return is_held(file)
 
     def make(self) -> None:
         """Make the folder anew, whatever an engine that died left there."""
@@ -115,6 +114,17 @@ class RunFolder:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def is_held(alive: IO[bytes]) -> bool:
+    """Whether the engine that took this file's lock lives."""
+    try:
+        # Shared, so that two who ask at once do not take each other for an engine.
+        fcntl.flock(alive, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    fcntl.flock(alive, fcntl.LOCK_UN)
+    return False
 
 
 def remove_stale() -> None:

@@ -23,6 +23,13 @@ torch.set_num_threads(1)
 
 VOCAB = 199
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kills", type=int, default=10, help="how often the engine is killed under load"
+    )
+
+
 _SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 48,

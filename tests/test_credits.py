@@ -45,3 +45,11 @@ def test_an_empty_engine_gives_all_its_room_at_once(count: int) -> None:
         credits.attach(bytes([number]))
     assert set(credits.grant().values()) == {256 // count}
     assert not credits.grant()
+
+
+def test_with_no_front_end_there_is_nobody_to_grant_any_to() -> None:
+    credits = Credits(8)
+    credits.attach(b"last")
+    credits.grant()
+    credits.detach(b"last")
+    assert credits.grant() == {}

@@ -32,7 +32,7 @@ class Credits:
     def grant(self) -> dict[bytes, int]:
         """New credits for each front end that gets any."""
         room = self._limit - sum(self._in_engine.values())
-        if room <= 0:
+        if room <= 0 or not self._held:
             return {}
         share = max(0, room - sum(self._held.values())) // len(self._held)
         granted = {

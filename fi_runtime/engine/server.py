@@ -7,6 +7,7 @@ the server is gone, or when its last front end has left.
 """
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -231,6 +232,7 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(
         level=logging.INFO, format=f"%(asctime)s engine[{os.getpid()}] %(levelname)s %(message)s"
     )
+    faulthandler.enable()
     folder.pid_file.write_text(f"{os.getpid()}\n")
     try:
         config = msgspec.json.decode(folder.config.read_bytes(), type=EngineConfig)
@@ -253,14 +255,20 @@ def main(argv: list[str]) -> int:
     server = EngineServer(engine, info, Credits(config.max_sequences), server_pid)
     server.bind(folder)
     log.info("started in %s", phases)
-    server.run()
+    try:
+        server.run()
+    except Exception as error:
+        log.exception("the engine cannot go on")
+        _fail(folder, f"{error!r}; the server's log has more")
+        # At once: what else would be waited for may hang, after an error of the device above all.
+        os._exit(1)
     with starting_lock():
         folder.remove()
     return 0
 
 
 def _fail(folder: RunFolder, reason: str) -> int:
-    """Leave word for the front ends that wait."""
+    """Leave word for the front ends."""
     folder.failure.write_text(reason, encoding="utf-8")
     return 1
 

@@ -19,6 +19,8 @@ from fi_runtime.messages import Stats
 log = logging.getLogger(__name__)
 
 REPORT_S = 0.5
+OWN = "fi_runtime"
+"""prefix of what vLLM has no name for"""
 
 TIME_TO_FIRST_TOKEN = (
     0.001,
@@ -125,6 +127,12 @@ class Metrics:
             counter,
             labels=engine_labels,
         )
+        self._up = self._metric(
+            "engine_up", "1 while the engine lives, else 0", gauge, OWN, labels=engine_labels
+        )
+        self._starts = self._metric(
+            "engine_starts_total", "Engines that began to serve", counter, OWN, labels=engine_labels
+        )
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
@@ -145,6 +153,18 @@ class Metrics:
     def engine(self, stats: Stats) -> None:
         """The engine said how it is."""
         self._notes.append(lambda: self._report_engine(stats))
+
+    def engine_up(self, started: bool) -> None:
+        """There is an engine; ``started``: by this front end."""
+        self._notes.append(lambda: self._report_up(started))
+
+    def engine_died(self) -> None:
+        """There is none, and so nothing in it.
+
+        RACE: where another front end has found the next one already, the values are wrong until
+        this front end finds it, too.
+        """
+        self._notes.append(self._report_death)
 
     def close(self) -> None:
         """Report what is left, and end."""
@@ -189,8 +209,19 @@ class Metrics:
         if stats.reused_tokens:
             self._hits.increment(stats.reused_tokens)
 
-    def _metric(self, name: str, description: str, kind: Any, **options: Any) -> Any:
-        family = pb.MetricFamily(name=f"vllm:{name}", description=description, kind=kind)
+    def _report_up(self, started: bool) -> None:
+        self._up.set(1)
+        if started:
+            self._starts.increment(1)
+
+    def _report_death(self) -> None:
+        for gauge in (self._up, self._running, self._waiting, self._usage):
+            gauge.set(0)
+
+    def _metric(
+        self, name: str, description: str, kind: Any, prefix: str = "vllm", **options: Any
+    ) -> Any:
+        family = pb.MetricFamily(name=f"{prefix}:{name}", description=description, kind=kind)
         self._families.append(family)
         return family.Metric(**options)
 

@@ -3,7 +3,7 @@
 ``execute`` is called on Triton's thread and hands requests to the engine while it has credit;
 "tokens" takes what the engine says and hands it to the "replies" threads, which make it text and
 send the responses, each those of its own requests; "cancellation" asks Triton five times a second
-which clients have gone.
+which clients have gone. When the engine dies, "tokens" gets another one.
 """
 
 import itertools
@@ -14,6 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -29,6 +30,7 @@ from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.frontend.responder import Responder
+from fi_runtime.frontend.restarts import PROVEN_S, Restarts
 from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, Step, encode
 from fi_runtime.shared_memory import remove_of_stub
 
@@ -36,6 +38,8 @@ log = logging.getLogger(__name__)
 
 CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
+ANSWERED = ("stop", "complete", "length")
+"""how sequences finish that an engine has computed to their end"""
 SENDERS = 2
 """threads that send: one mostly waits for the server to take a response, without Python's lock"""
 
@@ -44,6 +48,8 @@ SENDERS = 2
 class InFlight:
     """A request between its arrival and its last response."""
 
+    link: EngineLink
+    """to the engine that it was given to; no other one knows of it"""
     numbers: range
     """what the engine knows its samples by"""
     outbox: "SimpleQueue[list[Output]]"
@@ -67,8 +73,9 @@ class TritonPythonModel:
             format=f"%(asctime)s {args['model_instance_name']} %(levelname)s %(message)s",
         )
         self._server_pid = os.getppid()  # the stub is the server's child
+        self._closing = threading.Event()
         try:
-            self._attach(args)
+            self._set_up(args)
         except ConfigError as error:
             raise pb.TritonModelException(str(error)) from None
         model_config = json.loads(args["model_config"])
@@ -78,13 +85,11 @@ class TritonPythonModel:
         self._next_number = 0
         self._in_flight: dict[int, InFlight] = {}
         """by the number of each sample that is not complete"""
-        self._credits = threading.Semaphore(0)
         self._outboxes: list[SimpleQueue[list[Output]]] = [SimpleQueue() for _ in range(SENDERS)]
         """what the engine gave the requests of each sender; nothing at all asks it to look up"""
         self._next_outbox = itertools.cycle(self._outboxes)
-        self._lost = ""
-        """why there is no engine any more, once there is none"""
-        self._closing = threading.Event()
+        self._gave_up = ""
+        """why nobody starts the engine again, while that is so"""
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
         self._threads = [
@@ -118,7 +123,7 @@ class TritonPythonModel:
         self._metrics.close()
         self._link.close()
 
-    def _attach(self, args: dict[str, str]) -> None:
+    def _set_up(self, args: dict[str, str]) -> None:
         folder, name = Path(args["model_repository"]), args["model_name"]
         kind = args["model_instance_kind"]
         if kind not in ("CPU", "GPU"):
@@ -138,15 +143,24 @@ class TritonPythonModel:
             config = read_engine_config(folder.parent / door.engine, device)
         else:
             config = engine_config(own, folder, device)
-        self._link = EngineLink(
-            config, door.engine or name, gpu, self._server_pid, door.engine_start_timeout_s
+        self._connect = partial(
+            EngineLink,
+            config,
+            door.engine or name,
+            gpu,
+            self._server_pid,
+            door.engine_start_timeout_s,
+            self._closing,
         )
+        self._restarts = Restarts(config.engine_restarts)
+        self._link = self._connect()
         version = {"version": args["model_version"]}
         self._metrics = Metrics(
             {"model": name, **version},
             {"model": door.engine or name, **version, **({} if gpu is None else {"gpu": str(gpu)})},
             self._link.info.max_context,
         )
+        self._metrics.engine_up(self._link.started_engine)
         self._tokenizer = Tokenizer.from_file(self._link.info.tokenizer)
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()
@@ -172,52 +186,134 @@ class TritonPythonModel:
         self._next_number = numbers.stop
         times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
         answer = Answer(parsed, self._tokenizer, self._grouping)
-        in_flight = InFlight(numbers, next(self._next_outbox), answer, responder, times)
-        messages = [
-            encode(Generate(self._link.name, number, parsed.prompt, params))
-            for number, params in zip(numbers, parsed.samples, strict=True)
-        ]
+        # A request that no engine has heard of is not hurt by an engine's death: it waits.
+        has_credit = False
+        while not has_credit:
+            link = self._await_engine(responder)
+            messages = [
+                encode(Generate(link.name, number, parsed.prompt, params))
+                for number, params in zip(numbers, parsed.samples, strict=True)
+            ]
+            has_credit = self._await_credit(link, responder)
+        in_flight = InFlight(link, numbers, next(self._next_outbox), answer, responder, times)
         # Before the engine hears of them, since its answers come on another thread.
+        # RACE: the engine may be lost by now; "cancellation" then ends the request.
         self._in_flight |= dict.fromkeys(numbers, in_flight)
         for number, message in zip(numbers, messages, strict=True):
-            try:
-                self._await_credit(responder)
-            except RequestError as error:
-                self._end(in_flight, error)
-                return
+            if not has_credit:
+                try:
+                    if not self._await_credit(link, responder):
+                        return
+                except RequestError as error:
+                    self._end(in_flight, error)
+                    return
             # Nothing between the credit and the sending may fail: the credit would be lost.
-            self._link.send(message)
+            link.send(message)
+            has_credit = False
             # RACE: the request may have ended meanwhile, with an abort that came before this.
             if number not in self._in_flight:
-                self._link.send(encode(Abort(self._link.name, number)))
+                link.send(encode(Abort(link.name, number)))
 
-    def _await_credit(self, responder: Responder) -> None:
-        """Block until the engine has room, which leaves all else to Triton's own queue."""
-        while not self._credits.acquire(timeout=CANCELLATION_CHECK_S):
-            if responder.is_cancelled():
-                raise RequestError("CANCELLED", "the request was cancelled")
-            if self._lost:
-                break
-        if self._lost:
-            raise RequestError("UNAVAILABLE", self._lost)
+    def _await_engine(self, responder: Responder) -> EngineLink:
+        """Block until there is an engine."""
+        while (link := self._link).lost:
+            if self._gave_up:
+                raise RequestError("UNAVAILABLE", self._gave_up)
+            _raise_if_cancelled(responder)
+            time.sleep(CANCELLATION_CHECK_S)
+        return link
+
+    def _await_credit(self, link: EngineLink, responder: Responder) -> bool:
+        """Block until the engine has room, which leaves all else to Triton's own queue.
+
+        False if it is lost.
+        """
+        while not link.take_credit(CANCELLATION_CHECK_S):
+            if link.lost:
+                return False
+            _raise_if_cancelled(responder)
+        return True
 
     def _receive(self) -> None:
-        """Hand on what the engine says until the model is closed."""
+        """Hand on what one engine after another says, until the model is closed."""
         while not self._closing.is_set():
-            try:
-                steps = [m for m in self._link.receive() if isinstance(m, Step)]
-            except Exception as error:
-                log.exception("the engine cannot be understood")
-                self._lost = f"the engine cannot be understood ({error}); load the model again"
-                break
-            for step in steps:
-                if step.credits:
-                    self._credits.release(step.credits)
-                if step.stats is not None:
-                    self._metrics.engine(step.stats)
-                self._hand_out(step.outputs)
+            proven = self._listen(self._link)
+            if not self._closing.is_set():
+                self._find_engine(proven)
         for outbox in self._outboxes:
             outbox.put([])
+
+    def _listen(self, link: EngineLink) -> bool:
+        """Hand on what an engine says until it is lost; whether it has proved that it works."""
+        proven = False
+        while not self._closing.is_set():
+            try:
+                messages = link.receive()
+            except Exception:
+                log.exception("the engine cannot be understood, and is killed")
+                link.kill_engine()
+                messages = []
+            if not messages and not link.engine_lives():
+                link.lose(link.last_words())
+                log.error("the engine died: %s", link.lost)
+                self._metrics.engine_died()
+                break
+            for step in messages:
+                if isinstance(step, Step):
+                    link.grant(step.credits)
+                    if step.stats is not None:
+                        self._metrics.engine(step.stats)
+                    self._hand_out(step.outputs)
+                    proven = proven or any(one.finish in ANSWERED for one in step.outputs)
+        return proven or time.monotonic() - link.since > PROVEN_S
+
+    def _find_engine(self, proven: bool) -> None:
+        """Start the engine again, or attach to the one that another front end has started."""
+        died, reason = self._link, self._link.lost
+        link = None
+        while link is None:
+            pause = self._restarts.died(proven)
+            if pause is None and not self._gave_up:
+                self._gave_up = (
+                    f"the engine died ({self._restarts.deaths} in a row) and is not started again: "
+                    f"{reason}. Mend that, then load this model again"
+                )
+                log.error(self._gave_up)
+            if not self._await_start(died, pause):
+                return
+            try:
+                link = self._attach()
+            except ConfigError as error:
+                if str(error) != reason:
+                    log.error("the engine could not be started again: %s", error)
+                reason, proven = str(error), False
+        self._link, self._gave_up = link, ""
+        self._metrics.engine_up(link.started_engine)
+        log.info("attached to engine process %d", link.info.pid)
+
+    def _attach(self) -> EngineLink:
+        """Attach to the engine, starting it if need be; it serves the model that it always did."""
+        link, before = self._connect(), self._link.info
+        if (link.info.vocab_size, link.info.max_context) != (before.vocab_size, before.max_context):
+            link.close()
+            raise ConfigError(
+                f"the checkpoint has changed: vocabulary and context had {before.vocab_size} and "
+                f"{before.max_context} tokens, now {link.info.vocab_size} and "
+                f"{link.info.max_context}; load every model of that engine again"
+            )
+        return link
+
+    def _await_start(self, died: EngineLink, pause: float | None) -> bool:
+        """Wait until the engine is to be started; false if the model is closed first.
+
+        RACE: one that another front end started may end before this one attaches, which then starts
+        it once more, even if it had given up. That is harmless.
+        """
+        start = time.monotonic() + (float("inf") if pause is None else pause)
+        while not self._closing.wait(CANCELLATION_CHECK_S):
+            if time.monotonic() >= start or died.successor_lives():
+                return True
+        return False
 
     def _hand_out(self, outputs: list[Output]) -> None:
         """Give each output to the sender of its request."""
@@ -238,7 +334,7 @@ class TritonPythonModel:
             # to make a group, and nothing that is there is left for another response.
             while not (waiting and outbox.empty()):
                 outputs = outbox.get()
-                if not outputs and (self._closing.is_set() or self._lost):
+                if not outputs and self._closing.is_set():
                     return
                 for output in outputs:
                     self._take(output, waiting)
@@ -284,11 +380,12 @@ class TritonPythonModel:
 
     def _forget(self, number: int, at_engine: bool) -> None:
         # Two threads may forget the same one.
-        if self._in_flight.pop(number, None) is not None and at_engine:
-            self._link.send(encode(Abort(self._link.name, number)))
+        in_flight = self._in_flight.pop(number, None)
+        if in_flight is not None and at_engine:
+            in_flight.link.send(encode(Abort(in_flight.link.name, number)))
 
     def _watch(self) -> None:
-        """Abort what nobody waits for any more; notice an engine or a server that died."""
+        """End what nobody waits for, or no engine computes, any more; notice a dead server."""
         while not self._closing.wait(CANCELLATION_CHECK_S):
             if os.getppid() != self._server_pid:
                 log.error("the server is gone")
@@ -298,15 +395,13 @@ class TritonPythonModel:
                 remove_of_stub(os.getpid())
                 os._exit(1)
             for in_flight in self._requests():
-                if in_flight.responder.is_cancelled():
+                link = in_flight.link
+                if link.lost:
+                    reason = f"the engine died: {link.lost}; send the request again"
+                    self._end(in_flight, RequestError("UNAVAILABLE", reason))
+                elif in_flight.responder.is_cancelled():
                     for number in in_flight.numbers:
-                        self._link.send(encode(Abort(self._link.name, number)))
-            if not self._lost and not self._link.engine_lives():
-                log.error("the engine died")
-                self._lost = "the engine died; load the model again to start a new one"
-            if self._lost:
-                for in_flight in self._requests():
-                    self._end(in_flight, RequestError("UNAVAILABLE", self._lost))
+                        link.send(encode(Abort(link.name, number)))
 
     def _requests(self) -> list[InFlight]:
         """Those in flight, each once."""
@@ -316,3 +411,8 @@ class TritonPythonModel:
 def _surprise(error: Exception) -> RequestError:
     """For one request's failure that nobody foresaw, which must not be the others'."""
     return RequestError("INTERNAL", f"the request failed: {error!r}; the server's log has more")
+
+
+def _raise_if_cancelled(responder: Responder) -> None:
+    if responder.is_cancelled():
+        raise RequestError("CANCELLED", "the request was cancelled")

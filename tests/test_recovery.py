@@ -1,0 +1,265 @@
+"""The engine dies, in every way there is; the server stays, and all is as it was before."""
+
+import contextlib
+import itertools
+import random
+import re
+import shutil
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from tritonclient.utils import InferenceServerException
+
+from fi_runtime import shared_memory
+from fi_runtime.frontend.restarts import FIRST_PAUSE_S, MAX_PAUSE_S, Restarts
+from fi_runtime.run_folder import private_base
+from tests.serving import (
+    BATCH,
+    HANG_S,
+    KNOBS,
+    UNARY,
+    Reference,
+    Stream,
+    engines,
+    error_of,
+    grpc_client,
+    infer_grpc,
+    joined,
+    stream,
+    stubs,
+    wait_until,
+)
+from tools.repository import write_repository
+from tools.serve import TritonServer
+
+ENDED_S = 1.0
+"""for the requests of an engine that died to be told so"""
+AGAIN_S = 30.0
+"""for an engine to be there again, on however busy a machine"""
+LONG = {"max_tokens": 3500, "temperature": 0.0}
+CLIENTS = 12
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def mortal(
+    reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A server whose engine is killed."""
+    folder = tmp_path_factory.mktemp("mortal")
+    repository = write_repository(folder / "repository", served_checkpoint, KNOBS)
+    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    with TritonServer(repository, arguments, log=folder / "log") as running:
+        running.wait_ready()
+        yield running
+
+
+def value(server: TritonServer, name: str) -> float:
+    """Of an engine's metric."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+        text = response.read().decode()
+    [found] = re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    return float(found)
+
+
+def is_free(server: TritonServer) -> bool:
+    """Whether the engine lives, has no sequence, and all its pages are free."""
+    held = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    return value(server, "fi_runtime:engine_up") == 1 and not any(value(server, n) for n in held)
+
+
+def assert_as_before(server: TritonServer, reference: Reference) -> None:
+    """That nothing is held in the engine, and that it has credits for a full workload."""
+    wait_until(lambda: is_free(server), AGAIN_S, "the engine is there and free")
+    with ThreadPoolExecutor(BATCH) as pool:
+        calls = [
+            pool.submit(stream, server, text_input=f"full {i}", max_tokens=TOKENS, temperature=0.0)
+            for i in range(BATCH)
+        ]
+        answers = [joined(call.result(HANG_S)) for call in calls]
+    assert answers == [reference.text(f"full {i}", TOKENS) for i in range(BATCH)]
+    wait_until(lambda: is_free(server), 10, "the engine is free again")
+
+
+@dataclass(frozen=True)
+class Belongings:
+    """What a server's processes have, beside memory."""
+
+    files: list[int]
+    """open ones of each front end"""
+    regions: int
+    folders: list[str]
+
+    @classmethod
+    def of(cls, server: TritonServer) -> "Belongings":
+        return cls(
+            files=[process.num_fds() for process in stubs(server)],
+            regions=len(list(shared_memory.FOLDER.glob(f"{server.mark}*"))),
+            folders=[path.name for path in private_base().glob(f"{server.pid}-*")],
+        )
+
+
+@dataclass
+class Load:
+    """Clients that ask, whole and streamed, until told to stop; what they got."""
+
+    server: TritonServer
+    reference: Reference
+    answered: int = 0
+    ended: list[float] = field(default_factory=list)
+    """when requests were told that their engine had died"""
+    wrong: list[str] = field(default_factory=list)
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def ask(self, number: int) -> None:
+        """Be a client."""
+        for turn in itertools.count():
+            if self.stopping.is_set():
+                return
+            prompt = f"client {number % 4} turn {turn % 3}"
+            inputs = {"text_input": prompt, "max_tokens": TOKENS, "temperature": 0.0}
+            try:
+                if number % 2:
+                    text = joined(stream(self.server, **inputs))
+                else:
+                    text = infer_grpc(
+                        self.server, **{**inputs, "exclude_input_in_output": True}
+                    ).text
+            except InferenceServerException as error:
+                self.ended.append(time.monotonic())
+                if "the engine died" not in error.message():
+                    self.wrong.append(str(error))
+                if number % 2 == 0 and error.status() != "StatusCode.UNAVAILABLE":
+                    self.wrong.append(str(error))
+            except Exception as error:
+                self.wrong.append(repr(error))
+            else:
+                self.answered += 1
+                if text != self.reference.text(prompt, TOKENS):
+                    self.wrong.append(f"{prompt}: {text}")
+
+
+@contextlib.contextmanager
+def load(server: TritonServer, reference: Reference) -> Iterator[Load]:
+    """Clients that ask, for as long as the block lasts; each gets an answer or a reason."""
+    for number, turn in itertools.product(range(4), range(3)):
+        reference.text(f"client {number} turn {turn}", TOKENS)
+    asking = Load(server, reference)
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(asking.ask, number) for number in range(CLIENTS)]
+        try:
+            yield asking
+        finally:
+            asking.stopping.set()
+            for client in clients:
+                client.result(HANG_S)
+    assert asking.wrong == []
+
+
+def kill(server: TritonServer) -> float:
+    """Kill the engine as the kernel does that has no memory left; when."""
+    [engine] = engines(server)
+    engine.kill()
+    killed = time.monotonic()
+    wait_until(lambda: engine not in engines(server), 5, "it is gone")
+    return killed
+
+
+def await_answers(asking: Load) -> None:
+    """Wait until each client may have had an answer since."""
+    enough = asking.answered + CLIENTS
+    wait_until(lambda: asking.answered > enough, HANG_S, "answers come")
+
+
+def test_an_engine_killed_at_random_moments_under_load_is_started_again(
+    mortal: TritonServer, reference: Reference, request: pytest.FixtureRequest
+) -> None:
+    assert_as_before(mortal, reference)
+    before = Belongings.of(mortal)
+    starts = value(mortal, "fi_runtime:engine_starts_total")
+    kills = request.config.getoption("--kills")
+    moments = random.Random(7)
+    killed: list[float] = []
+    served = 0
+    with load(mortal, reference) as asking:
+        for number in range(kills):
+            if number % 2:  # while it loads
+                wait_until(lambda: bool(engines(mortal)), AGAIN_S, "an engine is started")
+                time.sleep(moments.uniform(0.0, 1.0))
+            else:
+                served += 1
+                await_answers(asking)
+                time.sleep(moments.uniform(0.0, 0.3))
+            killed.append(kill(mortal))
+        await_answers(asking)
+    assert len(asking.ended) >= served, "some requests were in flight each time"
+    late = [end - max(at for at in killed if at <= end) for end in asking.ended]
+    assert max(late) < ENDED_S
+    assert_as_before(mortal, reference)
+    after = Belongings.of(mortal)
+    assert after.regions == before.regions
+    assert after.folders == before.folders
+    assert max(after.files) <= max(before.files) + 5, "no socket is left behind"
+    assert value(mortal, "fi_runtime:engine_starts_total") == starts + served
+    for process in stubs(mortal):
+        assert [c for c in process.children() if c.status() == psutil.STATUS_ZOMBIE] == []
+
+
+def test_an_engine_that_cannot_start_again_is_given_up(
+    reference: Reference, served_checkpoint: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(served_checkpoint, checkpoint)
+    repository = write_repository(
+        tmp_path / "repository", checkpoint, {**KNOBS, "engine_restarts": "1"}, instances=1
+    )
+    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    with TritonServer(repository, arguments, log=tmp_path / "log") as server:
+        server.wait_ready()
+        config = (checkpoint / "config.json").read_text()
+        (checkpoint / "config.json").write_text("garbage")
+        wait_until(lambda: is_free(server), 5, "its metrics are there")
+        kill(server)
+        # A request that comes before its death is noticed may be given to it.
+        wait_until(lambda: value(server, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
+        # One that comes now waits, while there is hope.
+        status, message = error_of(infer_grpc, server, text_input="waits")
+        assert status == "StatusCode.UNAVAILABLE"
+        for part in ("2 in a row", "not started again", "config.json", "load this model again"):
+            assert part in message
+        asked = time.monotonic()
+        assert "not started again" in error_of(until_final, server, text_input="late")[1]
+        assert time.monotonic() - asked < 1
+        # Whoever starts it then, all find it.
+        (checkpoint / "config.json").write_text(config)
+        with contextlib.closing(grpc_client(server)) as client:
+            client.unload_model(UNARY)
+            client.load_model(UNARY)
+        inputs = {"text_input": "again", "max_tokens": 20, "temperature": 0.0}
+        expected = reference.text("again", 20)
+        assert infer_grpc(server, **inputs).text == "again" + expected
+        time.sleep(1.0)
+        assert joined(stream(server, **inputs)) == expected, "by the other door, too"
+    assert not list(private_base().glob(f"{server.pid}-*"))
+
+
+def until_final(server: TritonServer, **inputs: str) -> None:
+    """Read a stream to its end."""
+    with Stream(server, stream=True, **inputs) as opened:
+        list(opened)
+
+
+def test_the_pause_doubles_until_one_has_proved_itself_or_all_are_given_up() -> None:
+    restarts = Restarts(9)
+    pauses = [restarts.died(proven=False) for _ in range(10)]
+    assert pauses[:3] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
+    assert pauses[-2:] == [MAX_PAUSE_S, None]
+    assert restarts.died(proven=True) == FIRST_PAUSE_S
+    assert Restarts(0).died(proven=True) is None
