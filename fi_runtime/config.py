@@ -124,6 +124,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = 0
 
+    step_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=3.0,
+            description="seconds that a step may take; an engine that takes longer is killed",
+        ),
+    ] = 300.0
     engine_restarts: Annotated[
         int,
         Meta(

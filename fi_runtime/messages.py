@@ -1,9 +1,11 @@
 """What front ends and engine say to each other: msgpack over a private ipc socket.
 
 A front end pushes ``FromFrontEnd`` messages; the engine answers each front end on a channel of its
-own with ``FromEngine`` messages, at most one a step. Both sides decode with full validation.
+own with ``FromEngine`` messages, at most one a step, and at least one every ``HEARTBEAT_S`` unless
+a step takes longer. Both sides decode with full validation.
 """
 
+import signal
 from typing import Annotated, Literal
 
 import msgspec
@@ -18,6 +20,10 @@ FinishReason = Literal["stop", "complete", "length", "cancelled", "refused", "fa
 said; refused: the engine does not run such a sequence; failed: it could not go on with it"""
 
 MAX_LOGPROBS = 20
+
+HEARTBEAT_S = 1.0
+SHOW_STACKS = signal.SIGUSR1
+"""has the engine write what each of its threads does to its log, in whatever state it is"""
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

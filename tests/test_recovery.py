@@ -20,18 +20,22 @@ from tritonclient.utils import InferenceServerException
 from fi_runtime import shared_memory
 from fi_runtime.frontend.restarts import FIRST_PAUSE_S, MAX_PAUSE_S, Restarts
 from fi_runtime.run_folder import private_base
+from tests.hanging_engine import HANG
 from tests.serving import (
     BATCH,
     HANG_S,
     KNOBS,
+    STREAMED,
     UNARY,
     Reference,
     Stream,
+    command_of,
     engines,
     error_of,
     grpc_client,
     infer_grpc,
     joined,
+    processes,
     stream,
     stubs,
     wait_until,
@@ -254,6 +258,86 @@ def until_final(server: TritonServer, **inputs: str) -> None:
     """Read a stream to its end."""
     with Stream(server, stream=True, **inputs) as opened:
         list(opened)
+
+
+# Engines that hang
+
+STEP_TIMEOUT_S = 3.0
+HANGING_DOOR = """
+from fi_runtime.frontend import engine_link
+
+engine_link.ENGINE = "tests.hanging_engine"
+from fi_runtime.frontend.triton import TritonPythonModel
+"""
+
+
+@pytest.fixture(scope="module")
+def hanging(
+    reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A server whose steps may not take long, and whose engine hangs when it is asked to."""
+    folder = tmp_path_factory.mktemp("hanging")
+    knobs = {**KNOBS, "step_timeout_s": str(STEP_TIMEOUT_S)}
+    repository = write_repository(folder / "repository", served_checkpoint, knobs, instances=1)
+    for door in (STREAMED, UNARY):
+        (repository / door / "1" / "model.py").write_text(HANGING_DOOR)
+    with TritonServer(repository, log=folder / "log") as running:
+        running.wait_ready()
+        yield running
+
+
+def hanging_engine(server: TritonServer) -> psutil.Process:
+    [engine] = [p for p in processes(server) if "tests.hanging_engine" in command_of(p)]
+    return engine
+
+
+def test_a_step_that_hangs_is_ended_with_stacks_in_the_log(
+    hanging: TritonServer, reference: Reference
+) -> None:
+    assert_as_before(hanging, reference)
+    before = hanging_engine(hanging)
+    with Stream(hanging, text_input="beside", stream=True, **LONG) as beside:
+        beside.next()
+        asked = time.monotonic()
+        status, message = error_of(infer_grpc, hanging, text_input=HANG)
+        assert STEP_TIMEOUT_S - 1 < time.monotonic() - asked < STEP_TIMEOUT_S + 2
+        assert status == "StatusCode.UNAVAILABLE"
+        assert "no progress for 3 s" in message
+        with pytest.raises(InferenceServerException, match="no progress for 3 s"):
+            list(beside)
+    assert hanging.log is not None
+    assert "in a_step_that_never_ends" in hanging.log.read_text()
+    assert_as_before(hanging, reference)
+    assert hanging_engine(hanging) != before
+
+
+def test_an_engine_that_is_stopped_is_ended(hanging: TritonServer, reference: Reference) -> None:
+    assert_as_before(hanging, reference)
+    with Stream(hanging, text_input="runs", stream=True, **LONG) as running:
+        running.next()
+        hanging_engine(hanging).suspend()
+        stopped = time.monotonic()
+        with pytest.raises(InferenceServerException, match="no progress for 3 s"):
+            list(running)
+        assert time.monotonic() - stopped < STEP_TIMEOUT_S + 2
+    assert_as_before(hanging, reference)
+
+
+def test_an_engine_that_is_held_for_less_goes_on(
+    hanging: TritonServer, reference: Reference
+) -> None:
+    engine = hanging_engine(hanging)
+    inputs = {"text_input": "held", "max_tokens": 300, "temperature": 0.0}
+    with Stream(hanging, stream=True, **inputs) as opened:
+        first = opened.next()
+        engine.suspend()
+        time.sleep(STEP_TIMEOUT_S / 3)
+        engine.resume()
+        assert first.text + joined(list(opened)) == reference.text("held", 300)
+    assert hanging_engine(hanging) == engine
+
+
+# When to start again
 
 
 def test_the_pause_doubles_until_one_has_proved_itself_or_all_are_given_up() -> None:

@@ -26,6 +26,8 @@ from fi_runtime.engine.credits import Credits
 from fi_runtime.engine.phases import Phases, process_begin
 from fi_runtime.engine.sequence import SequenceKey
 from fi_runtime.messages import (
+    HEARTBEAT_S,
+    SHOW_STACKS,
     Abort,
     Attach,
     Attached,
@@ -48,6 +50,7 @@ log = logging.getLogger(__name__)
 
 FRONT_ENDS_END_S = 4.0
 """for front ends to end by themselves once the server is gone, which takes them about two"""
+HEARTBEAT_MS = int(HEARTBEAT_S * 1000)
 STATS_S = 1.0
 """between two words to a front end about how the engine is"""
 ATTACH_WITHIN_MS = 30_000
@@ -69,7 +72,7 @@ class EngineServer:
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
         self._attached_before = False
         self._idle = True
-        self._stats_due = 0.0
+        self._stats_due = self._heartbeat_due = 0.0
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._requests = context.socket(zmq.PULL)
         self._outputs = context.socket(zmq.ROUTER)
@@ -89,7 +92,8 @@ class EngineServer:
     def run(self) -> None:
         """Serve until the server is gone or the last front end has left."""
         while self._front_ends or not self._attached_before:
-            wait_ms = 0 if self._engine.busy else None if self._front_ends else ATTACH_WITHIN_MS
+            idle_ms = HEARTBEAT_MS if self._front_ends else ATTACH_WITHIN_MS
+            wait_ms = 0 if self._engine.busy else idle_ms
             ready = dict(self._poller.poll(wait_ms))
             if self._server_fd in ready:
                 log.info("the server is gone")
@@ -206,11 +210,15 @@ class EngineServer:
         return self._engine.stats()
 
     def _send(self, stats: Stats | None) -> None:
-        """One message to each front end that something has happened for."""
+        """One message to each front end that something has happened for, or that waits to hear."""
         granted = self._credits.grant()
         # Any one front end, but one only: it adds counts to those of its model.
         told = {front_end: stats for front_end in [*self._front_ends][:1] if stats is not None}
-        for front_end in self._outbox.keys() | granted.keys() | told.keys():
+        addressed = self._outbox.keys() | granted.keys() | told.keys()
+        if (now := time.monotonic()) >= self._heartbeat_due:
+            self._heartbeat_due = now + HEARTBEAT_S
+            addressed |= self._front_ends.keys()
+        for front_end in addressed:
             outputs = self._outbox.get(front_end, [])
             step = Step(outputs, granted.get(front_end, 0), told.get(front_end))
             self._say(front_end, step)
@@ -233,6 +241,7 @@ def main(argv: list[str]) -> int:
         level=logging.INFO, format=f"%(asctime)s engine[{os.getpid()}] %(levelname)s %(message)s"
     )
     faulthandler.enable()
+    faulthandler.register(SHOW_STACKS)
     folder.pid_file.write_text(f"{os.getpid()}\n")
     try:
         config = msgspec.json.decode(folder.config.read_bytes(), type=EngineConfig)

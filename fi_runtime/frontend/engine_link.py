@@ -17,6 +17,7 @@ import zmq
 
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.messages import (
+    SHOW_STACKS,
     Attach,
     Attached,
     Detach,
@@ -29,7 +30,9 @@ from fi_runtime.run_folder import RunFolder, is_held, remove_stale, starting_loc
 
 log = logging.getLogger(__name__)
 
-POLL_MS = 200
+POLL_S = 0.2
+SHOW_STACKS_S = 0.5
+"""for an engine to write what its threads do before it is killed"""
 ENGINE = "fi_runtime.engine.server"
 """the module that is run as the engine; a measurement of all the rest puts another one here"""
 
@@ -129,12 +132,12 @@ class EngineLink:
                 self._requests.send(message, zmq.NOBLOCK)
 
     def receive(self) -> list[FromEngine]:
-        """Every message that has come; waits at most POLL_MS for one, or for the engine's end.
+        """Every message that has come; waits at most POLL_S for one, or for the engine's end.
 
         One thread only.
         """
         messages, self._early = self._early, []
-        if not messages and self._outputs in dict(self._poller.poll(POLL_MS)):
+        if not messages and self._outputs in dict(self._poller.poll(int(POLL_S * 1000))):
             while True:
                 try:
                     messages.append(decode_from_engine(self._outputs.recv(zmq.NOBLOCK)))
@@ -150,9 +153,18 @@ class EngineLink:
         """Once the engine is lost: whether somebody has started another one."""
         return self._folder.engine_lives()
 
-    def kill_engine(self) -> None:
-        """End an engine that cannot go on, whatever state it is in."""
+    def kill_engine(self, reason: str) -> None:
+        """End an engine that cannot go on, whatever state it is in.
+
+        RACE: other front ends may do the same. The first leaves the reason for all.
+        """
+        if not self.engine_lives():
+            return
         with contextlib.suppress(ProcessLookupError):
+            if not self._folder.failure.exists():
+                self._folder.failure.write_text(reason, encoding="utf-8")
+                signal.pidfd_send_signal(self._process_fd, SHOW_STACKS)
+            time.sleep(SHOW_STACKS_S)
             signal.pidfd_send_signal(self._process_fd, signal.SIGKILL)
 
     def last_words(self) -> str:

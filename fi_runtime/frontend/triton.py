@@ -23,7 +23,7 @@ import triton_python_backend_utils as pb
 from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
-from fi_runtime.frontend.engine_link import EngineLink
+from fi_runtime.frontend.engine_link import POLL_S, EngineLink
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.replies import Answer, Grouping
@@ -152,6 +152,7 @@ class TritonPythonModel:
             door.engine_start_timeout_s,
             self._closing,
         )
+        self._step_timeout_s = config.step_timeout_s
         self._restarts = Restarts(config.engine_restarts)
         self._link = self._connect()
         version = {"version": args["model_version"]}
@@ -246,13 +247,24 @@ class TritonPythonModel:
     def _listen(self, link: EngineLink) -> bool:
         """Hand on what an engine says until it is lost; whether it has proved that it works."""
         proven = False
+        # Counted, since a clock would also run while this process was held.
+        silent_polls = 0
         while not self._closing.is_set():
             try:
                 messages = link.receive()
-            except Exception:
+            except Exception as error:
                 log.exception("the engine cannot be understood, and is killed")
-                link.kill_engine()
+                link.kill_engine(f"it could not be understood ({error}) and was killed")
                 messages = []
+            silent_polls = 0 if messages else silent_polls + 1
+            if silent_polls * POLL_S > self._step_timeout_s:
+                log.error(
+                    "the engine has been silent for %g s, and is killed", self._step_timeout_s
+                )
+                link.kill_engine(
+                    f"it made no progress for {self._step_timeout_s:g} s and was killed; the "
+                    "server's log has what its threads did"
+                )
             if not messages and not link.engine_lives():
                 link.lose(link.last_words())
                 log.error("the engine died: %s", link.lost)
@@ -260,7 +272,8 @@ class TritonPythonModel:
                 break
             for step in messages:
                 if isinstance(step, Step):
-                    link.grant(step.credits)
+                    if step.credits:
+                        link.grant(step.credits)
                     if step.stats is not None:
                         self._metrics.engine(step.stats)
                     self._hand_out(step.outputs)
