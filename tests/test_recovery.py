@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from fi_runtime import shared_memory
@@ -38,6 +39,7 @@ from tests.serving import (
     processes,
     stream,
     stubs,
+    tensors_of,
     wait_until,
 )
 from tools.repository import write_repository
@@ -258,6 +260,46 @@ def until_final(server: TritonServer, **inputs: str) -> None:
     """Read a stream to its end."""
     with Stream(server, stream=True, **inputs) as opened:
         list(opened)
+
+
+# Front ends that die
+
+
+def test_a_front_end_that_is_killed_takes_only_its_own_requests(
+    mortal: TritonServer, reference: Reference
+) -> None:
+    assert_as_before(mortal, reference)
+    [engine] = engines(mortal)
+    doomed = [p for p in stubs(mortal) if f"/{UNARY}/" in " ".join(command_of(p))]
+
+    def ask() -> tuple[str, str]:
+        inputs = tensors_of(tritonclient.grpc, {"text_input": "dies", **LONG})
+        with contextlib.closing(grpc_client(mortal)) as client:
+            return error_of(client.infer, UNARY, inputs, client_timeout=4.0)
+
+    with (
+        ThreadPoolExecutor(8) as pool,
+        Stream(mortal, text_input="stays", stream=True, max_tokens=600, temperature=0.0) as stays,
+    ):
+        text = stays.next().text
+        calls = [pool.submit(ask) for _ in range(8)]
+        wait_until(lambda: value(mortal, "vllm:num_requests_running") == 9, 3, "all run")
+        for process in doomed:
+            process.kill()
+        assert text + joined(list(stays)) == reference.text("stays", 600)
+        wait_until(lambda: is_free(mortal), 3, "their pages are free, while their clients wait")
+        # tritonserver 2.51 answers nobody whom a dead front end has not answered; clients give up.
+        assert {call.result()[0] for call in calls} == {"StatusCode.DEADLINE_EXCEEDED"}
+    status, message = ask()
+    assert (status, "is not healthy" in message) == ("StatusCode.INTERNAL", True)
+    assert engines(mortal) == [engine]
+    with contextlib.closing(grpc_client(mortal)) as client:
+        client.unload_model(UNARY)
+        client.load_model(UNARY)
+    assert engines(mortal) == [engine]
+    answer = infer_grpc(mortal, text_input="back", max_tokens=9, temperature=0.0).text
+    assert answer == "back" + reference.text("back", 9)
+    assert_as_before(mortal, reference)
 
 
 # Engines that hang
