@@ -2,6 +2,7 @@
 
     python -m client generate "17+25=" --stream
     python -m client chat
+    python -m client health
 
 Text goes to stdout; timing and errors go to stderr. Exit codes:
 
@@ -40,6 +41,9 @@ from client.request import DEFAULT_TIMEOUT_S, Piece, Request
 from client.transport import Protocol, Transport
 
 CHAT_MAX_TOKENS = 512
+HEALTH_TIMEOUT_S = 10.0
+UNHEALTHY = 1
+"""the exit code of `health` for whatever keeps an answer from coming"""
 
 EXIT_CODES = """\
 **Exit codes**
@@ -164,6 +168,34 @@ def generate(
             else:
                 write_pieces(pieces, before)
                 note(describe(answer))
+
+
+@app.command()
+def health(
+    url: Url = None,
+    protocol: ProtocolOption = "grpc",
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask.", show_default="llm_unary")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.001, help="Seconds for the answer.", show_default=True)
+    ] = HEALTH_TIMEOUT_S,
+) -> None:
+    """Say whether the server answers, for probes: exit code 0 if one token comes in time, else 1.
+
+    A server that is ready by its own word may have no engine to answer with.
+    """
+    request = Request(prompt="?", model=model, max_tokens=1, temperature=0.0, timeout_s=timeout)
+    with exit_codes():
+        try:
+            answer = Answer()
+            with open_connection(protocol, url) as server:
+                for _ in answer.follow(server.generate(request)):
+                    pass
+        except ClientError as error:
+            fail(error)
+            raise typer.Exit(UNHEALTHY) from None
+        note(f"{request.door} at {server.address} answers: {describe(answer)}")
 
 
 @app.command(epilog=EXIT_CODES)

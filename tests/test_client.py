@@ -234,6 +234,21 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 @each_protocol
+def test_health_asks_for_an_answer(server: TritonServer, protocol: str) -> None:
+    done = run("health", *where(server, protocol))
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("llm_unary at ")
+    assert " answers: " in done.stderr
+
+
+@each_protocol
+def test_health_of_a_server_that_is_not_there_is_bad(protocol: str) -> None:
+    [port] = free_ports(1)
+    done = run("health", "--protocol", protocol, "--url", f"127.0.0.1:{port}")
+    assert_failed(done, 1, "no server at")
+
+
+@each_protocol
 def test_interrupt_in_a_stream(server: TritonServer, protocol: str) -> None:
     arguments = ["generate", PROMPT, "--stream", *where(server, protocol), *ENDLESS]
     with start(*arguments) as process:

@@ -5,6 +5,8 @@ import itertools
 import random
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -43,7 +45,7 @@ from tests.serving import (
     wait_until,
 )
 from tools.repository import write_repository
-from tools.serve import TritonServer
+from tools.serve import ROOT, TritonServer
 
 ENDED_S = 1.0
 """for the requests of an engine that died to be told so"""
@@ -305,6 +307,7 @@ def test_a_front_end_that_is_killed_takes_only_its_own_requests(
 # Engines that hang
 
 STEP_TIMEOUT_S = 3.0
+HEALTH = [sys.executable, "-m", "client", "health", "--url"]
 HANGING_DOOR = """
 from fi_runtime.frontend import engine_link
 
@@ -359,10 +362,15 @@ def test_an_engine_that_is_stopped_is_ended(hanging: TritonServer, reference: Re
         running.next()
         hanging_engine(hanging).suspend()
         stopped = time.monotonic()
+        probe = subprocess.Popen([*HEALTH, hanging.grpc_url, "--timeout", "1"], cwd=ROOT)
+        with contextlib.closing(grpc_client(hanging)) as client:
+            assert client.is_model_ready(UNARY), "the server's own word"
         with pytest.raises(InferenceServerException, match="no progress for 3 s"):
             list(running)
         assert time.monotonic() - stopped < STEP_TIMEOUT_S + 2
+    assert probe.wait(HANG_S) == 1
     assert_as_before(hanging, reference)
+    assert subprocess.run([*HEALTH, hanging.grpc_url], cwd=ROOT, timeout=HANG_S).returncode == 0
 
 
 def test_an_engine_that_is_held_for_less_goes_on(
