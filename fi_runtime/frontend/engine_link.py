@@ -162,8 +162,9 @@ class EngineLink:
             return
         with contextlib.suppress(ProcessLookupError):
             if not self._folder.failure.exists():
-                self._folder.failure.write_text(reason, encoding="utf-8")
                 signal.pidfd_send_signal(self._process_fd, SHOW_STACKS)
+                with contextlib.suppress(OSError):  # on a full disk it dies without a reason
+                    self._folder.failure.write_text(reason, encoding="utf-8")
             time.sleep(SHOW_STACKS_S)
             signal.pidfd_send_signal(self._process_fd, signal.SIGKILL)
 
@@ -171,7 +172,7 @@ class EngineLink:
         """Why the engine died, as far as it could say."""
         try:
             return self._folder.failure.read_text(encoding="utf-8")
-        except FileNotFoundError:
+        except OSError:
             return "it was killed, or crashed; the server's log may have its last words"
 
     def lose(self, reason: str) -> None:

@@ -296,8 +296,8 @@ class TritonPythonModel:
                 return
             try:
                 link = self._attach()
-            except ConfigError as error:
-                if str(error) != reason:
+            except Exception as error:  # a full disk, no process to be had: it may pass
+                if str(error) != reason and not self._closing.is_set():
                     log.error("the engine could not be started again: %s", error)
                 reason, proven = str(error), False
         self._link, self._gave_up = link, ""
