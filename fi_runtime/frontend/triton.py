@@ -40,7 +40,7 @@ CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
 ANSWERED = ("stop", "complete", "length")
 """how sequences finish that an engine has computed to their end"""
-SENDERS = 2
+SENDERS = 3
 """threads that send: one mostly waits for the server to take a response, without Python's lock"""
 
 
