@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from fi_runtime.engine.sampler import choose, draws_of, knobs_of
-from fi_runtime.kernels.sampling import Slots
+from fi_runtime.kernels.sampling import TokenSlots
 from fi_runtime.messages import SamplingParams
 
 
@@ -24,7 +24,7 @@ def drawn(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     rows = len(logits)
     slots = torch.arange(rows, device=logits.device).flip(0)
     last_tokens = torch.full((rows + 1,), -1, dtype=torch.int64, device=logits.device)
-    tokens = choose(logits, draws, Slots(last_tokens, slots))
+    tokens = choose(logits, draws, TokenSlots(last_tokens, slots))
     assert torch.equal(last_tokens[slots], tokens)
     assert last_tokens[-1] == -1
     return tokens

@@ -15,23 +15,22 @@ from fi_runtime.kernels.library import prebuilt_manifest, use_prebuilt
 from fi_runtime.models import load_model_config
 
 
+def compile_with(monkeypatch: pytest.MonkeyPatch, folder: Path, path: Path, toolkit: Path) -> None:
+    """Prebuild where there is nothing but these: one folder on PATH, and a CUDA toolkit."""
+    monkeypatch.setenv("PATH", str(path))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(prebuild, "DEFAULT_CUDA_HOME", str(toolkit))
+    monkeypatch.setattr(prebuild.sys, "executable", str(folder / "python"))
+    monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(folder)})
+    model = prebuild.Compiled(128)
+    prebuild.prebuild(model, torch.bfloat16, ["fa2"], "9.0a", folder / "out", lambda *_: None)
+
+
 def test_all_that_is_missing_is_named_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(prebuild, "DEFAULT_CUDA_HOME", str(tmp_path))
-    monkeypatch.setattr(prebuild.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(ConfigError) as caught:
-        prebuild.prebuild(
-            prebuild.Compiled(128),
-            torch.bfloat16,
-            ["fa2"],
-            "9.0a",
-            tmp_path / "out",
-            lambda *_: None,
-        )
+        compile_with(monkeypatch, tmp_path, path=tmp_path, toolkit=tmp_path)
     for word in ("nvcc", "ninja", "c++", "cublasLt.h (pip install nvidia-cublas)", "curand.h"):
         assert word in str(caught.value)
 
@@ -63,20 +62,8 @@ def test_an_nvcc_that_only_calls_another_is_not_taken_for_the_toolkit(
     for file in (script / "nvcc", toolkit / "bin" / "nvcc", toolkit / "include" / "cuda_runtime.h"):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(script))
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    monkeypatch.setattr(prebuild, "DEFAULT_CUDA_HOME", str(toolkit))
-    monkeypatch.setattr(prebuild.sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(tmp_path)})
     with pytest.raises(ConfigError, match="cannot compile without ninja"):
-        prebuild.prebuild(
-            prebuild.Compiled(128),
-            torch.bfloat16,
-            ["fa2"],
-            "9.0a",
-            tmp_path / "out",
-            lambda *_: None,
-        )
+        compile_with(monkeypatch, tmp_path, path=script, toolkit=toolkit)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from fi_runtime.attention.base import Int64s, StepLayout
 from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAttention
 from fi_runtime.engine.capture import capture_each
-from fi_runtime.kernels.sampling import Draws, Slots, choose, scratch_for
+from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.models import Decoder
 from fi_runtime.upload import upload_to
 
@@ -39,7 +39,7 @@ class _Graph:
         device = shared.logits.device
         self._inputs = torch.zeros((7, sequences), dtype=torch.int64, device=device)
         self._inputs[1] = self._spare = len(shared.last_tokens) - 1
-        self._slots = Slots(shared.last_tokens, self._inputs[1])
+        self._slots = TokenSlots(shared.last_tokens, self._inputs[1])
         self._draws = Draws.of(self._inputs[2:].view(torch.float64))
         self._logits = shared.logits[:sequences]
         self._forward, self._drawn = self._capture(self._compute)

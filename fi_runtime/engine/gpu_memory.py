@@ -11,7 +11,7 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend
 from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.piece_graphs import PieceGraphs
-from fi_runtime.kernels.sampling import Draws, Slots, choose, scratch_for
+from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.models import Decoder
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _run_largest_step(
     logits = model.logits(hidden[: limits.sequences])
     rows = len(logits)
     half = torch.full((5, rows), 0.5, dtype=torch.float64, device=device)
-    slots = Slots(last_tokens, torch.arange(rows, device=device))
+    slots = TokenSlots(last_tokens, torch.arange(rows, device=device))
     choose(logits, Draws.of(half), slots, True, scratch_for(rows, device))
 
 

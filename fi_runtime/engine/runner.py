@@ -102,7 +102,7 @@ class Runner:
         if graphs is not None and wanted is logits:
             chosen = graphs.choose(sampler.filters(draws), len(sequences))
         else:
-            there = sampling.Slots(self._last_tokens, upload(slots, self._device))
+            there = sampling.TokenSlots(self._last_tokens, upload(slots, self._device))
             chosen = sampler.choose(wanted, draws, there)
         return Launched(
             sequences,

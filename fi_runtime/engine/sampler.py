@@ -43,7 +43,7 @@ def filters(draws: torch.Tensor) -> bool:
     return bool(top_k.any() or (top_p < 1).any() or min_p.any())
 
 
-def choose(logits: torch.Tensor, draws: torch.Tensor, slots: sampling.Slots) -> torch.Tensor:
+def choose(logits: torch.Tensor, draws: torch.Tensor, slots: sampling.TokenSlots) -> torch.Tensor:
     """One token a row, which goes to its slot too: (rows,), int64, on the device of the logits.
 
     Args:

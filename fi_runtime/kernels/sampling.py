@@ -45,7 +45,7 @@ class Draws(NamedTuple):
         return (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
 
 
-class Slots(NamedTuple):
+class TokenSlots(NamedTuple):
     """Where tokens go, for steps that begin before the host knows them."""
 
     last_tokens: torch.Tensor
@@ -60,7 +60,7 @@ def scratch_for(rows: int, device: torch.device) -> torch.Tensor:
 
 
 def choose(
-    logits: torch.Tensor, draws: Draws, slots: Slots, filtered: bool, scratch: torch.Tensor
+    logits: torch.Tensor, draws: Draws, slots: TokenSlots, filtered: bool, scratch: torch.Tensor
 ) -> torch.Tensor:
     """One token a row, drawn or, at temperature 0, the likeliest; it goes to the row's slot too.
 
