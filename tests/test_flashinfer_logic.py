@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fi_runtime.attention import flashinfer as module
-from fi_runtime.attention.base import Attention, AttentionKind, StepLayout
+from fi_runtime.attention.base import Attention, AttentionKind, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, PieceAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.kernels.heads import Heads
-from tests.layouts import make_layout
+from tests.layouts import make_layout, some_counts
 
 HEAD_DIM = 64
 COS_SIN = torch.randn(2000, HEAD_DIM)
@@ -178,9 +178,14 @@ def compare(pair: SimpleNamespace, attention: Attention, layout: StepLayout, pad
 @pytest.mark.parametrize("contexts", [[1], [300, 1, 17], [16, 15, 32, 33]], ids=str)
 def test_prefill_decode_and_both(pair: SimpleNamespace, contexts: list[int]) -> None:
     rng = random.Random(len(contexts))
-    for counts in ([1] * len(contexts), [rng.randint(1, context) for context in contexts]):
+    for counts in some_counts(contexts, rng):
         layout = make_layout(counts, contexts, pair.shape.page_size, rng, pair.shape.pages)
         compare(pair, pair.ours, layout, 0)
+
+
+def test_several_tokens_after_one_are_refused(pair: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="several tokens must come before"):
+        pair.ours.plan(spare_layout([1, 2], pair.shape.page_size))
 
 
 @pytest.mark.parametrize("size", [1, 4, 8])

@@ -43,7 +43,7 @@ from fi_runtime.kernels.projection import (
 )
 from fi_runtime.messages import SamplingParams
 from tests.draws import assert_follows, distribution, drawn, draws_for
-from tests.layouts import make_layout
+from tests.layouts import make_layout, some_counts
 from tools.demo import tasks
 from tools.serve import ROOT
 
@@ -215,12 +215,9 @@ def test_attention_is_the_references(
     attention, reference = FlashInferAttention(gpu, heads, LIMITS), ReferenceAttention(wide)
     pages = gpu.shape.pages
     for contexts in ([1], [9000, 1, 17], [16, 15, 32, 33, 4097], [1, 2, 3, 700, 128, 64, 65]):
-        ones = [1] * len(contexts)
-        decode = make_layout(ones, contexts, page_size, rng, pages)
-        compare(attention, reference, decode, heads, gpu.shape)
-        counts = [rng.randint(1, context) for context in contexts]
-        mixed = make_layout(counts, contexts, page_size, rng, pages)
-        compare(attention, reference, mixed, heads, gpu.shape)
+        for counts in some_counts(contexts, rng):
+            layout = make_layout(counts, contexts, page_size, rng, pages)
+            compare(attention, reference, layout, heads, gpu.shape)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

@@ -19,7 +19,7 @@ from fi_runtime.kernels.norm import (
     offset_rms_norm,
     offset_rms_norm_reference,
 )
-from tests.layouts import make_layout
+from tests.layouts import make_layout, some_counts
 from tests.test_families import gemma2, gemma3, mistral, phi3, qwen2, rope
 from tests.test_gpu import (
     LIMITS,
@@ -93,7 +93,7 @@ def test_windows_and_caps_are_the_references(heads: int, kv_heads: int) -> None:
     attention = FlashInferAttention(gpu, heads, LIMITS, kinds=kinds)
     reference = ReferenceAttention(wide, kinds)
     for contexts in ([1], [9000, 1, 17], [99, 100, 101, 16, 4097]):
-        for counts in ([1] * len(contexts), [rng.randint(1, context) for context in contexts]):
+        for counts in some_counts(contexts, rng):
             layout = make_layout(counts, contexts, 16, rng, gpu.shape.pages)
             compare(attention, reference, layout, heads, gpu.shape)
 

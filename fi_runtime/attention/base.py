@@ -23,6 +23,7 @@ class StepLayout:
     The step's tokens are those of each sequence in turn: sequence ``s`` has tokens
     ``query_starts[s]`` up to ``query_starts[s + 1]``, the last of the ``context_lens[s]`` tokens
     that it will have in the cache; its pages are ``pages[page_starts[s]:page_starts[s + 1]]``.
+    Sequences of several tokens come before those of one, which attention computes apart.
     """
 
     query_starts: Int32s
@@ -41,6 +42,18 @@ class StepLayout:
         rows = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         before = self.context_lens - self.query_starts[1:]
         return rows, np.arange(self.query_starts[-1], dtype=np.int32) + before[rows]
+
+    def part(self, first: int, last: int) -> "StepLayout":
+        """Of sequences ``first`` up to ``last`` alone."""
+        query_starts, page_starts = (
+            each[first : last + 1] for each in (self.query_starts, self.page_starts)
+        )
+        return StepLayout(
+            query_starts=query_starts - query_starts[0],
+            context_lens=self.context_lens[first:last],
+            page_starts=page_starts - page_starts[0],
+            pages=self.pages[page_starts[0] : page_starts[-1]],
+        )
 
 
 @dataclass(frozen=True)

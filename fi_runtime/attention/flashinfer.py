@@ -61,7 +61,11 @@ class Limits:
 
 
 class FlashInferAttention:
-    """Prefill, or a mix with decode, by one wrapper; decode alone by another.
+    """Prefill by one wrapper, decode by another; a step may have both.
+
+    In one wrapper's hands, few long runs of queries among many single ones would be cut into tiles
+    of a size that is right for neither (``FA2DetermineCtaTileQ`` in FlashInfer's utils.cuh goes by
+    the mean).
 
     Args:
         cache: on the GPU.
@@ -94,11 +98,15 @@ class FlashInferAttention:
             dtype=torch.uint8,
             device=device,
         )
-        planned = plan_bytes(heads, shape.kv_heads, limits.tokens, limits.sequences)
         layers = tuple(kinds or plain_kinds(shape.layers, shape.head_dim))
-        workspaces = {kind: Workspace(partial, planned) for kind in dict.fromkeys(layers)}
+
+        def workspaces(tokens: int) -> dict[AttentionKind, Workspace]:
+            planned = plan_bytes(heads, shape.kv_heads, tokens, limits.sequences)
+            return {kind: Workspace(partial, planned) for kind in dict.fromkeys(layers)}
+
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
-        self._common = _Common(cache, heads, layers, partial, workspaces, tensor_cores, backend)
+        self._common = _Common(cache, heads, layers, partial, tensor_cores, backend)
+        self._decode_workspaces = workspaces(limits.sequences)
         # Decode graphs share it: positions, then all pages there are, and those of padding.
         self._graph_buffer = torch.zeros(
             limits.sequences + shape.pages + limits.sequences, dtype=torch.int32, device=device
@@ -106,16 +114,19 @@ class FlashInferAttention:
         library = flashinfer()
         self._decode = _Wrappers(
             self._common,
+            self._decode_workspaces,
             lambda: library.BatchDecodeWithPagedKVCacheWrapper(
                 partial, "NHD", use_tensor_cores=tensor_cores, backend=backend
             ),
         )
         self._prefill = _Wrappers(
             self._common,
+            workspaces(limits.tokens),
             lambda: library.BatchPrefillWithPagedKVCacheWrapper(partial, "NHD", backend=backend),
             prefill=True,
         )
-        self._planned = self._decode
+        self._planned: list[tuple[slice, _Wrappers]] = []
+        """which of the step's tokens each kind of wrapper attends to"""
         self._check(limits)
 
     def plan(self, layout: StepLayout) -> None:
@@ -126,17 +137,33 @@ class FlashInferAttention:
         self.plan_on(layout, self._places.pages)
 
     def plan_on(self, layout: StepLayout, pages: torch.Tensor) -> None:
-        """Plan ``attend`` alone; ``pages``: the layout's, on the device."""
-        decoding = bool((np.diff(layout.query_starts) == 1).all())
-        self._planned = self._decode if decoding else self._prefill
-        self._planned.plan(layout, pages)
+        """Plan ``attend`` alone; ``pages``: the layout's, on the device.
+
+        Raises:
+            ValueError: a sequence of several tokens comes after one of one.
+        """
+        several = np.diff(layout.query_starts) > 1
+        prompts, sequences = int(several.sum()), len(several)
+        if several[prompts:].any():
+            raise ValueError("sequences of several tokens must come before those of one")
+        self._planned = []
+        parts = (0, prompts, self._prefill), (prompts, sequences, self._decode)
+        for first, last, wrappers in parts:
+            if first < last:
+                own = slice(layout.page_starts[first], layout.page_starts[last])
+                wrappers.plan(layout.part(first, last), pages[own])
+                rows = slice(layout.query_starts[first], layout.query_starts[last])
+                self._planned.append((rows, wrappers))
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         return self.attend(layer, place(qkv, heads, self._places, self._common.cache.layer(layer)))
 
     def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Attention to what is in the cache, written to ``out`` if it is given."""
-        return self._planned.run(layer, q, out)
+        out = torch.empty_like(q) if out is None else out
+        for rows, wrappers in self._planned:
+            wrappers.run(layer, q[rows], out[rows])
+        return out
 
     def for_graph(self, sequences: int) -> "GraphDecodeAttention":
         """Decode of exactly so many sequences, to be captured in a CUDA graph.
@@ -145,7 +172,9 @@ class FlashInferAttention:
             ConfigError: its wrapper would run something else than it was told.
         """
         first = self._limits.sequences - sequences
-        attention = GraphDecodeAttention(self._common, self._graph_buffer[first:], sequences)
+        attention = GraphDecodeAttention(
+            self._common, self._decode_workspaces, self._graph_buffer[first:], sequences
+        )
         self.runs["graph decode"] = attention.runs
         return attention
 
@@ -186,7 +215,13 @@ class GraphDecodeAttention:
         sequences: of each step.
     """
 
-    def __init__(self, common: "_Common", buffer: torch.Tensor, sequences: int) -> None:
+    def __init__(
+        self,
+        common: "_Common",
+        workspaces: dict[AttentionKind, Workspace],
+        buffer: torch.Tensor,
+        sequences: int,
+    ) -> None:
         self._sequences = sequences
         self._buffer = buffer
         positions, pages = buffer[:sequences], buffer[sequences:]
@@ -206,7 +241,7 @@ class GraphDecodeAttention:
             wrapper._backend = common.backend
             return wrapper
 
-        self._wrappers = _Wrappers(common, make)
+        self._wrappers = _Wrappers(common, workspaces, make)
         self._common = common
         # Each wrapper's plan fills the starts, alike.
         self._places = Places(None, positions, starts, pages)
@@ -291,18 +326,28 @@ class _Common:
     """of each layer"""
     partial: torch.Tensor
     """what the workspaces share"""
-    workspaces: dict[AttentionKind, Workspace]
     tensor_cores: bool
     """of decode"""
     backend: Backend
 
 
 class _Wrappers:
-    """One wrapper for each kind of attention: windows and caps are compiled in, and planned for."""
+    """One wrapper for each kind of attention: windows and caps are compiled in, and planned for.
 
-    def __init__(self, common: _Common, make: Callable[[], Any], prefill: bool = False) -> None:
+    Args:
+        workspaces: of each kind. Wrappers that share one are never planned for the same step.
+    """
+
+    def __init__(
+        self,
+        common: _Common,
+        workspaces: dict[AttentionKind, Workspace],
+        make: Callable[[], Any],
+        prefill: bool = False,
+    ) -> None:
         self._of_kind = {
-            kind: _Wrapper(common, kind, make(), prefill) for kind in common.workspaces
+            kind: _Wrapper(common, kind, workspace, make(), prefill)
+            for kind, workspace in workspaces.items()
         }
         self._of_layer = [self._of_kind[kind] for kind in common.kinds]
 
@@ -327,10 +372,17 @@ class _Wrappers:
 class _Wrapper:
     """One wrapper of FlashInfer's, planned in the workspace of its kind."""
 
-    def __init__(self, common: _Common, kind: AttentionKind, wrapper: Any, prefill: bool) -> None:
+    def __init__(
+        self,
+        common: _Common,
+        kind: AttentionKind,
+        workspace: Workspace,
+        wrapper: Any,
+        prefill: bool,
+    ) -> None:
         self._common = common
         self._kind = kind
-        self._workspace = common.workspaces[kind]
+        self._workspace = workspace
         self._wrapper = wrapper
         self._prefill = prefill
         self._workspace.share_with(wrapper)

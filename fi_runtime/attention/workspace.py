@@ -16,8 +16,8 @@ class Workspace:
     """Partial results of split contexts, and the plans that say who computes which split.
 
     One wrapper runs at a time, in the order of one stream, so that one place for partial results
-    is enough for all of them. A plan must last for its step, in which each kind of attention has
-    one: a workspace each.
+    is enough for all of them. A plan must last for its step, in which each kind of attention may
+    have one for prefill and one for decode: a workspace each.
 
     Args:
         partial: for partial results; bytes, on the device.

@@ -74,8 +74,7 @@ class Runner:
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Launched:
         """Have the chunks computed, and a token chosen for each that completes its sequence."""
-        # Attention takes them in turn: the longest first, or else it ends with few at work.
-        chunks = sorted(chunks, key=_context, reverse=True)
+        chunks = sorted(chunks, key=_turn)
         layout, tokens = self._lay_out(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
         if not sequences:
@@ -141,5 +140,9 @@ class Runner:
         return layout, np.array(tokens, dtype=np.int64)
 
 
-def _context(chunk: Chunk) -> int:
-    return chunk.sequence.num_cached + chunk.count
+def _turn(chunk: Chunk) -> tuple[bool, int]:
+    """Several tokens before one, as a layout has them, and the longest context first.
+
+    Attention takes them in turn: it would else end with few of its processors at work.
+    """
+    return chunk.count == 1, -(chunk.sequence.num_cached + chunk.count)
