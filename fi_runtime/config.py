@@ -56,7 +56,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = "kernels"
     decode_graphs: Annotated[
         int,
-        Meta(ge=0, le=4096, description="sequences up to which a GPU's decode steps are captured"),
+        Meta(
+            ge=0,
+            le=4096,
+            description="sequences up to which a GPU's decode steps are captured, and half the "
+            "tokens up to which steps with short prompts are",
+        ),
     ] = 256
     piece_graphs: Annotated[
         int,
@@ -111,7 +116,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             ge=0,
             le=1 << 20,
             description="prompt tokens that a step computes beside decoding sequences, for each "
-            "prompt that waits; 0: 512 on the CPU, 256 on a GPU",
+            "prompt that waits, fewer at long contexts; 0: 512 on the CPU, 600 on a GPU",
         ),
     ] = 0
     cpu_threads: Annotated[
@@ -150,7 +155,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 _DEVICE_DEFAULTS: dict[Device, dict[str, int]] = {
     "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512, "chunk_tokens": 512},
-    "cuda": {"max_sequences": 256, "step_tokens": 8192, "chunk_tokens": 256},
+    "cuda": {"max_sequences": 256, "step_tokens": 8192, "chunk_tokens": 600},
 }
 
 

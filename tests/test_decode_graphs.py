@@ -7,9 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fi_runtime.config import EngineConfig
 from fi_runtime.engine import capture
 from fi_runtime.engine.decode_graphs import padded_sizes
-from fi_runtime.engine.piece_graphs import padded_token_counts
+from fi_runtime.engine.step_graphs import GraphSizes, padded_piece_counts, padded_token_counts
 
 
 @given(st.integers(1, 4096))
@@ -28,6 +29,21 @@ def test_padded_token_counts_cover_every_step_without_much_padding(most: int) ->
     assert sizes[-1] == most
     for smaller, larger in itertools.pairwise(sizes):
         assert larger - smaller <= max(smaller, 8)
+
+
+@given(st.integers(0, 20_000))
+def test_padded_piece_counts_end_with_the_maximum(most: int) -> None:
+    sizes = padded_piece_counts(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1:] == ([most] if most else [])
+    for smaller, larger in itertools.pairwise([0, *sizes]):
+        assert larger - smaller <= max(64, smaller // 4)
+
+
+def test_without_decode_graphs_there_are_none_for_short_prompts() -> None:
+    sizes = GraphSizes.of(EngineConfig(checkpoint="", decode_graphs=0, piece_graphs=0))
+    assert len(sizes) == 0
+    assert max(GraphSizes.of(EngineConfig(checkpoint="", decode_graphs=8)).tokens) == 16
 
 
 def test_the_largest_is_captured_first_and_each_is_said_to_take_what_it_took(

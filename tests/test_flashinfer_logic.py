@@ -11,7 +11,12 @@ import torch
 
 from fi_runtime.attention import flashinfer as module
 from fi_runtime.attention.base import Attention, AttentionKind, StepLayout, spare_layout
-from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, PieceAttention
+from fi_runtime.attention.flashinfer import (
+    FlashInferAttention,
+    GraphDecodeAttention,
+    Limits,
+    PieceAttention,
+)
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.kernels.heads import Heads
@@ -153,7 +158,7 @@ def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
     caches[0].data.normal_(generator=torch.Generator().manual_seed(0))
     caches[1].data.copy_(caches[0].data)
     return SimpleNamespace(
-        ours=FlashInferAttention(caches[0], heads, Limits(4096, 64, 2000), kinds=kinds),
+        ours=FlashInferAttention(caches[0], heads, Limits(4096, 64, 2000, 200), kinds=kinds),
         reference=ReferenceAttention(caches[1], kinds),
         caches=caches,
         shape=shape,
@@ -196,6 +201,28 @@ def test_padding_touches_no_page_of_a_sequence(pair: SimpleNamespace, size: int)
         ones = [1] * len(contexts)
         layout = make_layout(ones, contexts, pair.shape.page_size, rng, pair.shape.pages)
         compare(pair, graph, layout, size - len(contexts))
+
+
+def test_tokens_apart_attend_as_their_prompts_do(pair: SimpleNamespace) -> None:
+    rng, graph = random.Random(3), pair.ours.for_graph(200)
+    for _ in range(6):
+        contexts = [rng.randint(1, 100) for _ in range(rng.randint(1, 8))]
+        counts = [rng.randint(1, min(context, 24)) for context in contexts]
+        layout = make_layout(counts, contexts, pair.shape.page_size, rng, pair.shape.pages)
+        compare(pair, Apart(graph, pair.shape.page_size), layout, 200 - sum(counts))
+
+
+class Apart:
+    """What a step with short prompts does."""
+
+    def __init__(self, attention: GraphDecodeAttention, page_size: int) -> None:
+        self._attention, self._page_size = attention, page_size
+
+    def plan(self, layout: StepLayout) -> None:
+        self._attention.plan(layout.apart(self._page_size))
+
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        return self._attention(layer, qkv, heads)
 
 
 class Replayed:

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,7 @@ def compare(
         assert error(found[:tokens], expected) < 1e-2
 
 
+NO_GRAPHS = {"decode_graphs": 0, "piece_graphs": 0}
 LIMITS = Limits(tokens=16_384, sequences=256, context=10_000)
 
 
@@ -248,6 +250,27 @@ def test_replays_follow_sequences_that_grow_join_and_leave(
             assert error(out[:count], expected) < 1e-2
 
 
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (16, 2)])
+def test_a_prompts_tokens_are_replayed_as_sequences(heads: int, kv_heads: int) -> None:
+    rng, size = random.Random(heads), 512
+    gpu, wide = caches(CacheShape(2, 4000, 16, kv_heads, 64))
+    attention = FlashInferAttention(gpu, heads, replace(LIMITS, rows=size))
+    reference = ReferenceAttention(wide)
+    qkv, own = normal(size, (heads + 2 * kv_heads) * 64), Heads(heads, kv_heads, 64)
+    graph_attention, graph, out = capture(attention, qkv, own)
+    for contexts in ([512], [200, 90, 700, *[1500] * 20], [*[17] * 30, 16]):
+        left, counts = size, []
+        for context in contexts:
+            counts.append(rng.randint(1, max(1, min(context, left - len(contexts)))))
+            left -= counts[-1]
+        layout = make_layout(counts, contexts, 16, rng, gpu.shape.pages)
+        graph_attention.plan(layout.apart(16))
+        graph.replay()
+        reference.plan(layout)
+        count = sum(counts)
+        assert error(out[:count], reference(0, qkv[:count].float(), own)) < 1e-2
+
+
 def capture(
     attention: FlashInferAttention, qkv: torch.Tensor, heads: Heads
 ) -> tuple[GraphDecodeAttention, torch.cuda.CUDAGraph, torch.Tensor]:
@@ -271,7 +294,7 @@ def test_plans_may_run_ahead_of_the_gpu() -> None:
     # Each step has pages of its own, so that none overwrites what another reads.
     contexts = [[rng.choice([1, 100, 700, 900]) for _ in range(size)] for _ in range(6)]
     whole = make_layout([1] * 6 * size, [*itertools.chain(*contexts)], 16, rng, gpu.shape.pages)
-    layouts = [part_of(whole, step * size, (step + 1) * size) for step in range(6)]
+    layouts = [whole.part(step * size, (step + 1) * size) for step in range(6)]
     busy, found = torch.randn(8192, 8192, device="cuda"), []
     for layout in layouts:
         busy = busy @ busy * 1e-4  # some milliseconds, which every plan after it runs ahead of
@@ -282,17 +305,6 @@ def test_plans_may_run_ahead_of_the_gpu() -> None:
     for layout, each in zip(layouts, found, strict=True):
         reference.plan(layout)
         assert error(each, reference(0, qkv.float(), own)) < 1e-2
-
-
-def part_of(layout: StepLayout, first: int, end: int) -> StepLayout:
-    """Some sequences of a step of one token each."""
-    starts = layout.page_starts[first : end + 1]
-    return StepLayout(
-        query_starts=layout.query_starts[: end - first + 1],
-        context_lens=layout.context_lens[first:end],
-        page_starts=starts - starts[0],
-        pages=layout.pages[starts[0] : starts[-1]],
-    )
 
 
 def test_every_wrapper_runs_fa2_and_another_choice_is_loud(
@@ -497,7 +509,7 @@ def test_the_demo_checkpoint_answers_as_on_the_cpu() -> None:
     params = SamplingParams(max_tokens=48, temperature=0.0, seed=0)
     cpu = Engine(EngineConfig(checkpoint=str(DEMO), cpu_threads=8)).generate(prompts, params)
     with_graphs = gpu_engine(DEMO).generate(prompts, params)
-    without = gpu_engine(DEMO, decode_graphs=0, piece_graphs=0).generate(prompts, params)
+    without = gpu_engine(DEMO, **NO_GRAPHS).generate(prompts, params)
     # Padded batches may use other matrix products, which round otherwise.
     apart = zip(with_graphs, without, strict=True)
     assert sum(a.tokens != b.tokens for a, b in apart) <= 1
@@ -514,22 +526,23 @@ def test_seeded_answers_are_the_same_alone_in_a_batch_and_without_graphs() -> No
         engine.generate([prompt], own)[0].tokens
         for prompt, own in zip(prompts, params, strict=True)
     ]
-    eager = gpu_engine(DEMO, decode_graphs=0, piece_graphs=0)
+    eager = gpu_engine(DEMO, **NO_GRAPHS)
     without_graphs = tokens_of(eager.generate(prompts, params))
     # A batch of another size rounds otherwise, which moves a draw that is on the edge.
     for others in (alone, without_graphs):
         assert sum(a == b for a, b in zip(together, others, strict=True)) >= 36
 
 
-def test_steps_in_pieces_answer_as_whole_ones() -> None:
+@pytest.mark.parametrize("graphs", [{"piece_graphs": 300}, {"decode_graphs": 24}], ids=str)
+def test_replayed_steps_answer_as_launched_ones(graphs: dict[str, int]) -> None:
     """Prompts in chunks beside sequences that decode, in steps of many sizes."""
     prompts = demo_prompts()
     params = [SamplingParams(max_tokens=8 + i % 40, temperature=0.0, seed=0) for i in range(104)]
     knobs = {"step_tokens": 300, "max_sequences": 24}
-    in_pieces = gpu_engine(DEMO, **knobs).generate(prompts, params)
-    whole = gpu_engine(DEMO, **knobs, piece_graphs=0).generate(prompts, params)
-    apart = zip(in_pieces, whole, strict=True)
-    assert sum(a.tokens != b.tokens for a, b in apart) <= 2
+    whole = gpu_engine(DEMO, **knobs, **NO_GRAPHS).generate(prompts, params)
+    some = gpu_engine(DEMO, **knobs, **(NO_GRAPHS | graphs)).generate(prompts, params)
+    both = zip(some, whole, strict=True)
+    assert sum(a.tokens != b.tokens for a, b in both) <= 2
 
 
 # Memory, and what cannot be served

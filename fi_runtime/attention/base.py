@@ -43,6 +43,22 @@ class StepLayout:
         before = self.context_lens - self.query_starts[1:]
         return rows, np.arange(self.query_starts[-1], dtype=np.int32) + before[rows]
 
+    def apart(self, page_size: int) -> "StepLayout":
+        """The step with each token as a sequence of its own, of all tokens up to itself.
+
+        It means the same where all keys and values are written before any is read.
+        """
+        rows, positions = self.places
+        page_counts = positions // page_size + 1
+        page_starts = starts(page_counts)
+        shifts = np.repeat(self.page_starts[rows] - page_starts[:-1], page_counts)
+        return StepLayout(
+            query_starts=np.arange(len(rows) + 1, dtype=np.int32),
+            context_lens=positions + 1,
+            page_starts=page_starts,
+            pages=self.pages[np.arange(page_starts[-1]) + shifts],
+        )
+
     def part(self, first: int, last: int) -> "StepLayout":
         """Of sequences ``first`` up to ``last`` alone."""
         query_starts, page_starts = (

@@ -35,6 +35,9 @@ HEAD_DIMS = (64, 128, 256)
 """elements of a head that FA2's kernels and the paged append are made for"""
 TENSOR_CORE_RATIO = 4
 """query heads for each key/value head from which decode is faster on tensor cores"""
+APART_CONTEXT = 65_536
+"""tokens of context, at most, of all those tokens in a captured step that are a prompt's, each
+computed as a sequence of its own"""
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -58,6 +61,13 @@ class Limits:
     sequences: int
     context: int
     """tokens of one sequence"""
+    rows: int = 0
+    """tokens of a captured step, each a sequence of its own; or ``sequences``, if that is more"""
+
+    @property
+    def captured(self) -> int:
+        """Sequences of a captured step."""
+        return max(self.sequences, self.rows)
 
 
 class FlashInferAttention:
@@ -94,22 +104,24 @@ class FlashInferAttention:
         """what each kind of wrapper really runs: fa2, fa3, or cuda-core"""
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         partial = torch.empty(
-            partial_bytes(heads, shape.kv_heads, shape.head_dim, limits.sequences, processors),
+            partial_bytes(heads, shape.kv_heads, shape.head_dim, limits.captured, processors),
             dtype=torch.uint8,
             device=device,
         )
         layers = tuple(kinds or plain_kinds(shape.layers, shape.head_dim))
 
         def workspaces(tokens: int) -> dict[AttentionKind, Workspace]:
-            planned = plan_bytes(heads, shape.kv_heads, tokens, limits.sequences)
+            planned = plan_bytes(heads, shape.kv_heads, tokens, limits.captured)
             return {kind: Workspace(partial, planned) for kind in dict.fromkeys(layers)}
 
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
         self._common = _Common(cache, heads, layers, partial, tensor_cores, backend)
-        self._decode_workspaces = workspaces(limits.sequences)
-        # Decode graphs share it: positions, then all pages there are, and those of padding.
+        self._decode_workspaces = workspaces(limits.captured)
+        # Captured steps share it: positions; then all pages there are, those of padding, and those
+        # that prompts' tokens have each for itself, of which one is not full.
+        apart = APART_CONTEXT // shape.page_size + limits.captured if limits.rows else 0
         self._graph_buffer = torch.zeros(
-            limits.sequences + shape.pages + limits.sequences, dtype=torch.int32, device=device
+            2 * limits.captured + shape.pages + apart, dtype=torch.int32, device=device
         )
         library = flashinfer()
         self._decode = _Wrappers(
@@ -171,7 +183,7 @@ class FlashInferAttention:
         Raises:
             ConfigError: its wrapper would run something else than it was told.
         """
-        first = self._limits.sequences - sequences
+        first = self._limits.captured - sequences
         attention = GraphDecodeAttention(
             self._common, self._decode_workspaces, self._graph_buffer[first:], sequences
         )

@@ -11,11 +11,10 @@ from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, check_h
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import ConfigError, EngineConfig
-from fi_runtime.engine.decode_graphs import DecodeGraphs, padded_sizes
 from fi_runtime.engine.gpu_memory import room_for_cache
 from fi_runtime.engine.phases import Phases
-from fi_runtime.engine.piece_graphs import PieceGraphs, padded_token_counts
 from fi_runtime.engine.runner import Runner
+from fi_runtime.engine.step_graphs import GraphSizes, StepGraphs
 from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuilt
 from fi_runtime.kernels.prebuild import Compiled
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
@@ -165,18 +164,17 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
 def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built:
     """FlashInfer's attention, and decode from CUDA graphs, over what memory is left."""
     dtype, device = model.embedding.dtype, model.embedding.device
+    sizes = GraphSizes.of(config)
     limits = Limits(
-        config.step_tokens, config.max_sequences, config.max_context or model.config.max_position
+        config.step_tokens,
+        config.max_sequences,
+        config.max_context or model.config.max_position,
+        rows=max(sizes.tokens, default=0),
     )
-    captured = min(config.decode_graphs, config.max_sequences)
-    sizes = padded_sizes(captured) if captured else []
-    in_pieces = min(config.piece_graphs, config.step_tokens)
-    token_counts = padded_token_counts(in_pieces) if in_pieces else []
     room = room_for_cache(
         model,
         limits,
         sizes,
-        token_counts,
         config.page_size,
         config.attention_backend,
         config.gpu_memory_fraction,
@@ -198,15 +196,10 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     )
     phases.end("cache")
     last_tokens = _last_tokens(config, device)
-    graphs = DecodeGraphs(model, attention, sizes, last_tokens) if sizes else None
-    pieces = (
-        PieceGraphs(model, attention, token_counts, last_tokens, config.page_size)
-        if token_counts
-        else None
-    )
+    graphs = StepGraphs.capture(model, attention, sizes, last_tokens, config.page_size)
     attention.log_what_runs()
     phases.end("graphs")
-    runner = Runner(model, attention, config.page_size, last_tokens, graphs, pieces)
+    runner = Runner(model, attention, config.page_size, last_tokens, graphs)
     return Built(model.config, runner, shape.pages, max_context)
 
 

@@ -9,8 +9,7 @@ from fi_runtime.attention.base import spare_layout
 from fi_runtime.attention.flashinfer import FlashInferAttention, Limits
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend
-from fi_runtime.engine.decode_graphs import DecodeGraphs
-from fi_runtime.engine.piece_graphs import PieceGraphs
+from fi_runtime.engine.step_graphs import GraphSizes, StepGraphs
 from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.models import Decoder
 
@@ -20,8 +19,7 @@ log = logging.getLogger(__name__)
 def room_for_cache(
     model: Decoder,
     limits: Limits,
-    graph_sizes: list[int],
-    token_counts: list[int],
+    sizes: GraphSizes,
     page_size: int,
     backend: Backend,
     fraction: float,
@@ -43,15 +41,17 @@ def room_for_cache(
     torch.cuda.empty_cache()
     before = _in_use()
     last = torch.zeros(limits.sequences + 1, dtype=torch.int64, device=model.embedding.device)
-    kinds: list[tuple[DecodeGraphs | PieceGraphs, int]] = []
-    if graph_sizes:
-        kinds.append((DecodeGraphs(model, attention, graph_sizes[-2:], last), len(graph_sizes)))
-    if token_counts:
-        sizes = token_counts[-2:]
-        kinds.append((PieceGraphs(model, attention, sizes, last, page_size), len(token_counts)))
+    graphs = StepGraphs.capture(model, attention, sizes.largest(2), last, page_size)
     captured = _in_use() - before
+    kinds = (
+        (graphs.decode, sizes.decode),
+        (graphs.tokens, sizes.tokens),
+        (graphs.pieces, sizes.pieces),
+    )
     more = sum(
-        min(graphs.nbytes.values()) * (count - len(graphs.nbytes)) for graphs, count in kinds
+        min(some.nbytes.values()) * (len(all_sizes) - len(some.nbytes))
+        for some, all_sizes in kinds
+        if some is not None
     )
     total = torch.cuda.mem_get_info()[1]
     room = int(fraction * total) - weights - step - captured - more
@@ -64,9 +64,9 @@ def room_for_cache(
         step / 1e9,
         limits.tokens,
         (captured + more) / 1e9,
-        len(graph_sizes) + len(token_counts),
+        len(sizes),
     )
-    del kinds, attention, cache
+    del graphs, kinds, attention, cache
     gc.collect()
     torch.cuda.empty_cache()
     return room

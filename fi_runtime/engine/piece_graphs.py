@@ -1,4 +1,4 @@
-"""CUDA graphs of all but attention, for steps that are no pure decode."""
+"""CUDA graphs of all but attention, for steps with prompts or chunks that are long."""
 
 import bisect
 from typing import Any
@@ -121,9 +121,3 @@ class PieceGraphs:
         self._attention.plan(layout)
         upload_to(self._tokens, tokens)
         return self._pieces[self._sizes[bisect.bisect_left(self._sizes, count)]].replay(count)
-
-
-def padded_token_counts(most: int) -> list[int]:
-    """8, 16, 32, multiples of 64 up to 512 and of 256 beyond, and the maximum itself."""
-    steps = [8, 16, 32, *range(64, 512, 64), *range(512, most, 256)]
-    return [*(size for size in steps if size < most), most]

@@ -7,13 +7,12 @@ import torch
 
 from fi_runtime.attention.base import Attention, Int32s, Int64s, StepLayout, starts
 from fi_runtime.engine import sampler
-from fi_runtime.engine.decode_graphs import DecodeGraphs
 from fi_runtime.engine.download import Download
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
-from fi_runtime.engine.piece_graphs import PieceGraphs
 from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.engine.slots import Slots
+from fi_runtime.engine.step_graphs import StepGraphs
 from fi_runtime.kernels import sampling
 from fi_runtime.messages import TokenLogprob
 from fi_runtime.models import Decoder
@@ -44,8 +43,7 @@ class Runner:
 
     Args:
         last_tokens: (slots + 1,), int64: where the token chosen last in each slot is kept.
-        graphs: of decode steps, if they are to be replayed.
-        pieces: graphs of other steps, likewise.
+        graphs: that steps are replayed from.
     """
 
     def __init__(
@@ -54,15 +52,13 @@ class Runner:
         attention: Attention,
         page_size: int,
         last_tokens: torch.Tensor,
-        graphs: DecodeGraphs | None = None,
-        pieces: PieceGraphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
         self._page_size = page_size
         self._device = model.embedding.device
-        self._graphs = graphs
-        self._pieces = pieces
+        self._graphs = graphs or StepGraphs()
         self._slots = Slots(len(last_tokens) - 1)
         self._last_tokens = last_tokens
 
@@ -83,7 +79,7 @@ class Runner:
         slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
         draws = self._slots.draws(sequences, slots)
         decoding = len(tokens) == len(chunks) == len(sequences)
-        graphs = self._graphs if decoding else None
+        graphs = self._graphs.decode if decoding else None
         if graphs is not None and graphs.fits(len(chunks)):
             logits = graphs.forward(layout, tokens, slots, draws)
         else:
@@ -112,8 +108,11 @@ class Runner:
 
     def _forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
         """Hidden states of all the step's tokens: (tokens, hidden)."""
-        if self._pieces is not None and self._pieces.fits(len(tokens)):
-            return self._pieces.forward(layout, tokens)
+        graphs = self._graphs
+        if graphs.tokens is not None and graphs.tokens.fits(layout):
+            return graphs.tokens.forward(layout, tokens)
+        if graphs.pieces is not None and graphs.pieces.fits(len(tokens)):
+            return graphs.pieces.forward(layout, tokens)
         self._attention.plan(layout)
         return self._model(upload(tokens, self._device), self._last_tokens, self._attention)
 

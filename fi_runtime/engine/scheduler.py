@@ -1,7 +1,12 @@
+import math
 from collections import deque
 
 from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.engine.sequence import Chunk, Sequence
+
+WEIGHTY_CONTEXT = 10_240
+"""tokens of context whose attention takes a prompt's token as long as all else does: what steps of
+the Llama-3.1-8B shape took on an H100, by tokens and context"""
 
 
 class Scheduler:
@@ -9,11 +14,12 @@ class Scheduler:
 
     Sequences that decode always get their token; prompts share what is left of the step's budget,
     so that a long one is computed in chunks beside running streams. A step that streams wait for is
-    kept short: it has so many tokens for each prompt that waits, which is many for many prompts,
-    when more is lost by waiting than by slow streams. A sequence is admitted with
-    the pages of all its tokens. When a decoding one needs a page and none is free, the youngest
-    running sequence gives up its pages and goes back to the head of the queue, to be computed
-    again; since any sequence alone fits the pool, the oldest always moves on.
+    kept short: it has so many tokens for each prompt that waits, fewer where attention makes them
+    slow, but many for many prompts, when more is lost by waiting than by slow streams.
+
+    A sequence is admitted with the pages of all its tokens. When a decoding one needs a page and
+    none is free, the youngest running sequence gives up its pages and goes back to the head of the
+    queue, to be computed again; since any sequence alone fits the pool, the oldest always moves on.
 
     What a prompt begins with is not computed where the prefix tree has it, from an earlier sequence
     or from one that computes it in the same step: each layer writes the keys and values of all the
@@ -24,7 +30,8 @@ class Scheduler:
 
     Args:
         step_tokens: that a step computes at most, as many as sequences at least.
-        chunk_tokens: of prompts, for each one that waits, in a step beside decoding sequences.
+        chunk_tokens: of prompts, for each one that waits, in a step beside decoding sequences; of
+            a prompt's beginning, and fewer the longer the context is that they attend to.
     """
 
     def __init__(
@@ -54,12 +61,11 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, oldest sequence first; empty when there is nothing to do."""
-        budget = self._step_tokens - len(self.running)
+        budget, effort = self._step_tokens - len(self.running), math.inf
         # Prompts are computed one after another: only the youngest can be half done.
         half_done = bool(self.running) and self.running[-1].num_uncached > 1
         if len(self.running) > half_done:
-            prompts = len(self.waiting) + half_done
-            budget = min(budget, self._chunk_tokens * prompts - half_done)
+            effort = self._chunk_tokens * (len(self.waiting) + half_done)
         chunks = []
         index = 0
         # A while loop, since preemption shortens the list behind the index.
@@ -75,18 +81,21 @@ class Scheduler:
                 continue
             if length - sequence.num_cached == 1:
                 chunks.append(Chunk(sequence, 1, True))
-            elif count := min(length - sequence.num_cached, budget + 1):
+            else:
+                count = min(length - sequence.num_cached, budget + 1, _affordable(sequence, effort))
                 chunks.append(self._chunk(sequence, count))
                 budget -= count - 1
-        while self.waiting and self._free_slots and budget > 0:
+                effort -= count * _weight(sequence)
+        while self.waiting and self._free_slots and budget > 0 and effort >= 1:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence):
                 break  # one that was set back is computed again once all its tokens are known
             self.waiting.popleft()
             self.running.append(sequence)
-            count = min(sequence.num_uncached, budget)
+            count = min(sequence.num_uncached, budget, _affordable(sequence, effort))
             chunks.append(self._chunk(sequence, count))
             budget -= count
+            effort -= count * _weight(sequence)
         return chunks
 
     def remove(self, sequence: Sequence) -> None:
@@ -158,3 +167,13 @@ class Scheduler:
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_size)
+
+
+def _affordable(sequence: Sequence, effort: float) -> int:
+    """The next tokens of a prompt that are worth so many of its first ones; at least one."""
+    return max(1, int(min(effort / _weight(sequence), sequence.num_uncached)))
+
+
+def _weight(sequence: Sequence) -> float:
+    """How much longer a prompt's next token takes than its first."""
+    return 1 + sequence.num_cached / WEIGHTY_CONTEXT
