@@ -9,7 +9,8 @@ from the same prompts. The first round of each is left out as a warm-up. On a ma
 the engine runs there; models are those of ``bench.cold_start``.
 
 A step's time is the mean time between tokens of an answer, as the engine's caller sees them:
-offline this process, served the front ends, which say it in their metrics.
+offline this process, served the front ends, which say it in their metrics. So do they of the time
+to the first token, from a request's arrival there.
 """
 
 import asyncio
@@ -23,18 +24,20 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import AsyncIterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import grpc
 import numpy as np
+import numpy.typing as npt
 import torch
-import tritonclient.grpc.aio as triton
+import tritonclient.grpc as triton
 import typer
 from rich.console import Console
 from rich.table import Table
+from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
 
 from bench.cold_start import MODELS, model_repository
 from bench.results import write_results
@@ -49,6 +52,8 @@ START_S = 120.0
 """after which a process that does not begin is given up"""
 METRICS_S = 2.5
 """after which Triton has what the front ends told it"""
+STEP, FIRST = "vllm:time_per_output_token_seconds", "vllm:time_to_first_token_seconds"
+METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 
 
 @dataclass(frozen=True)
@@ -110,26 +115,21 @@ def _offline_round(engine: Engine, load: Load) -> list[list[float]]:
     return times
 
 
-def _inputs(prompt: list[int], tokens: int) -> list[Any]:
+def _request(prompt: list[int], tokens: int) -> ModelInferRequest:
+    knobs = json.dumps({"max_tokens": tokens, "temperature": 0, "ignore_eos": True})
     values: list[tuple[str, str, Any]] = [
         ("input_ids", "INT32", np.array([prompt], dtype=np.int32)),
         ("stream", "BOOL", np.array([[True]])),
-        (
-            "sampling_parameters",
-            "BYTES",
-            np.array(
-                [[json.dumps({"max_tokens": tokens, "temperature": 0, "ignore_eos": True})]],
-                dtype=np.object_,
-            ),
-        ),
+        ("sampling_parameters", "BYTES", np.array([[knobs]], dtype=np.object_)),
         ("return_num_output_tokens", "BOOL", np.array([[True]])),
     ]
-    inputs = []
+    request = ModelInferRequest(model_name="llm")
     for name, datatype, value in values:
         tensor = triton.InferInput(name, list(value.shape), datatype)
         tensor.set_data_from_numpy(value)
-        inputs.append(tensor)
-    return inputs
+        request.inputs.append(tensor._get_tensor())
+        request.raw_input_contents.append(tensor._get_content())
+    return request
 
 
 processes: threading.Barrier | None = None
@@ -165,30 +165,41 @@ class _Start:
 
 
 async def _stream(url: str, load: Load, number: int, start: _Start) -> list[Response]:
-    """One client: streams its answers one after another, the warm-up's left out."""
-    inputs = _inputs(load.prompt(number), load.tokens)
-    sent: list[float] = []
-    answered = asyncio.Event()
-    responses = []
+    """One client: streams its answers one after another, the warm-up's left out.
 
-    async def requests() -> AsyncIterator[dict[str, Any]]:
+    It takes the messages as they are: tritonclient's objects of each would take these processes
+    twice as long, on the cores that they share with the server.
+    """
+    request = _request(load.prompt(number), load.tokens)
+    come: list[tuple[float, float, ModelStreamInferResponse]] = []
+    async with grpc.aio.insecure_channel(url) as channel:
+        call = channel.stream_stream(
+            METHOD,
+            request_serializer=ModelInferRequest.SerializeToString,
+            response_deserializer=ModelStreamInferResponse.FromString,
+        )()
         for count in range(load.rounds + 1):
             if count == 1:
+                come.clear()
                 await start.wait()
-            answered.clear()
-            sent.append(time.perf_counter())
-            yield {"model_name": "llm", "inputs": inputs}
-            await answered.wait()
+            sent = time.perf_counter()
+            await call.write(request)
+            over = False
+            while not over:
+                message = await call.read()
+                come.append((sent, time.perf_counter(), message))
+                if message.error_message:
+                    raise RuntimeError(message.error_message)
+                over = message.infer_response.parameters["triton_final_response"].bool_param
+        await call.done_writing()
+    return [
+        Response(sent, when, _new_tokens(message.infer_response)) for sent, when, message in come
+    ]
 
-    async with triton.InferenceServerClient(url) as client:
-        async for result, error in client.stream_infer(requests()):
-            if error is not None:
-                raise error
-            tokens = int(result.as_numpy("num_output_tokens")[0, 0])
-            responses.append(Response(sent[-1], time.perf_counter(), tokens))
-            if result.get_response().parameters["triton_final_response"].bool_param:
-                answered.set()
-    return [response for response in responses if response.sent != sent[0]]
+
+def _new_tokens(response: Any) -> int:
+    [index] = [i for i, one in enumerate(response.outputs) if one.name == "num_output_tokens"]
+    return int.from_bytes(response.raw_output_contents[index], "little")
 
 
 def _clients(url: str, load: Load, numbers: list[int]) -> list[list[Response]]:
@@ -205,7 +216,7 @@ def _clients(url: str, load: Load, numbers: list[int]) -> list[list[Response]]:
 
 def serve(server: TritonServer, load: Load) -> dict[str, float]:
     """Drive a server with all streams at once; times are in milliseconds."""
-    url, before = server.grpc_url, _between_tokens(server)
+    url, before = server.grpc_url, _sums(server)
     # One process of Python reads a few thousand responses a second.
     count = min(load.streams, max(1, len(os.sched_getaffinity(0)) // 2))
     context = multiprocessing.get_context("spawn")
@@ -222,7 +233,8 @@ def serve(server: TritonServer, load: Load) -> dict[str, float]:
     gaps = [b.come - a.come for answer in answers for a, b in itertools.pairwise(answer)]
     between = np.array(gaps or [0.0]) * 1e3
     time.sleep(METRICS_S)
-    seconds, count = np.array(_between_tokens(server)) - before
+    after = _sums(server)
+    told = {name: after[name] - before[name] for name in after}
     return {
         "served_tokens_per_s": tokens / (end - begin),
         "ttft_ms_p50": float(np.percentile(first, 50)),
@@ -230,21 +242,30 @@ def serve(server: TritonServer, load: Load) -> dict[str, float]:
         "itl_ms_p50": float(np.percentile(between, 50)),
         "itl_ms_p99": float(np.percentile(between, 99)),
         # Of all rounds, the warm-up among them.
-        "served_step_ms": float(seconds / count) * 1e3,
+        "served_step_ms": _mean_ms(told[STEP]),
+        "front_ends_ttft_ms": _mean_ms(told[FIRST]),
         "responses": len(everything) / len(answers),
     }
 
 
-def _between_tokens(server: TritonServer) -> tuple[float, float]:
-    """Sum and count of the answers' mean times between tokens so far, in seconds."""
+def _sums(server: TritonServer) -> dict[str, npt.NDArray[np.float64]]:
+    """Sums in seconds and counts so far: of answers' mean times between tokens, of first tokens."""
     with urllib.request.urlopen(server.metrics_url) as reply:
         text = reply.read().decode()
-    name = "vllm:time_per_output_token_seconds"
-    total, count = (
-        sum(float(value) for value in re.findall(rf"^{name}_{part}{{.*}} (\S+)$", text, re.M))
-        for part in ("sum", "count")
-    )
-    return total, count
+    return {
+        name: np.array(
+            [
+                sum(map(float, re.findall(rf"^{name}_{part}{{.*}} (\S+)$", text, re.M)))
+                for part in ("sum", "count")
+            ]
+        )
+        for name in (STEP, FIRST)
+    }
+
+
+def _mean_ms(told: npt.NDArray[np.float64]) -> float:
+    seconds, count = told
+    return float(seconds / count) * 1e3
 
 
 def measure(
