@@ -8,8 +8,8 @@ default checkpoint the share of its tasks answered exactly; the transport alone;
 against the same engine served; and the engine alone: its peers' benchmarks, what its steps are made
 of, streams beside long prompts, and shared prefixes. Each part writes its results file and is run
 whatever became of those before it; the exit code is 1 if any failed. Parts: tests, doctor,
-attention, served, transport, serving, offline, latency, timeline, mixed, prefix; all where none is
-named.
+attention, served, transport, serving, offline, latency, moe, timeline, mixed, prefix; all where
+none is named.
 """
 
 import functools
@@ -42,7 +42,7 @@ GPU_TESTS = (
 )
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
-ALONE = ("offline", "latency", "timeline", "mixed", "prefix")
+ALONE = ("offline", "latency", "moe", "timeline", "mixed", "prefix")
 """of the engine, without a server"""
 
 console = Console(width=140)

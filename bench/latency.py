@@ -43,18 +43,25 @@ def seconds_of(engine: Engine, batch: int, context: int, tokens: int) -> float:
     return time.perf_counter() - begin
 
 
-def point(engine: Engine, limits: Limits, batch: int, context: int) -> dict[str, Any]:
-    """batch, context, tpot_ms, limit_ms: the latter in the middle of the answers."""
+def point(
+    engine: Engine, limits: Limits, batch: int, context: int, touched: float | None = None
+) -> dict[str, Any]:
+    """batch, context, tpot_ms, limit_ms: the latter in the middle of the answers.
+
+    Args:
+        touched: as ``Limits.decode_s`` takes it.
+    """
     tokens = new_tokens(batch)
     for count in (1, tokens):
         seconds_of(engine, batch, context, count)  # to warm up
     first = min(seconds_of(engine, batch, context, 1) for _ in range(3))
     whole = seconds_of(engine, batch, context, tokens)
+    limit_s = limits.decode_s([context + tokens // 2] * batch, touched)
     return {
         "batch": batch,
         "context": context,
         "tpot_ms": round((whole - first) / (tokens - 1) * 1e3, 3),
-        "limit_ms": round(limits.decode_s([context + tokens // 2] * batch) * 1e3, 3),
+        "limit_ms": round(limit_s * 1e3, 3),
     }
 
 
@@ -63,6 +70,18 @@ def measure(model: str, kernels: Path | None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         engine, limits = engine_of(model, kernels, Path(name))
         return [{"model": model, **point(engine, limits, *each)} for each in POINTS]
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """A table of them."""
+    table = Table("model", "batch x context", "ms a token", "limit", "share")
+    for row in rows:
+        share = row["limit_ms"] / row["tpot_ms"]
+        where = f"{row['batch']} x {row['context']}"
+        table.add_row(
+            row["model"], where, f"{row['tpot_ms']:.2f}", f"{row['limit_ms']:.2f}", f"{share:.0%}"
+        )
+    Console().print(table)
 
 
 def main(
@@ -77,14 +96,7 @@ def main(
         release()
         if out is not None:  # what there is, should a later model fail
             write_results(out, rows, "python -m bench.latency --kernels KERNELS --out FILE")
-    table = Table("model", "batch x context", "ms a token", "limit", "share")
-    for row in rows:
-        share = row["limit_ms"] / row["tpot_ms"]
-        where = f"{row['batch']} x {row['context']}"
-        table.add_row(
-            row["model"], where, f"{row['tpot_ms']:.2f}", f"{row['limit_ms']:.2f}", f"{share:.0%}"
-        )
-    Console().print(table)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

@@ -18,16 +18,36 @@ class Limits:
     """Of one model in bfloat16 on one GPU."""
 
     weight_bytes: int
-    """that a decode step reads: all but an embedding that no logits come from"""
+    """that any decode step reads: all but an embedding that no logits come from, and experts"""
     prompt_bytes: int
     """of weights that a prompt's tokens are multiplied with: logits are of its last one alone"""
     token_bytes: int
     """of one token's keys and values"""
     bytes_per_s: float
+    experts: int = 0
+    """in a layer that has them"""
+    per_token: int = 0
+    """of them, that a token is multiplied with"""
+    expert_bytes: int = 0
+    """of one expert in each layer that has them"""
 
-    def decode_s(self, contexts: Sequence[int]) -> float:
-        """Of a step: the weights are read once, and each sequence's keys and values once."""
-        return (self.weight_bytes + sum(contexts) * self.token_bytes) / self.bytes_per_s
+    def touched(self, tokens: int) -> float:
+        """Experts of a layer that so many tokens go to, if all are as likely."""
+        if not self.experts:
+            return 0.0
+        return self.experts * (1 - (1 - self.per_token / self.experts) ** tokens)
+
+    def decode_s(self, contexts: Sequence[int], touched: float | None = None) -> float:
+        """Of a step: the weights are read once, and each sequence's keys and values once.
+
+        Args:
+            contexts: of each sequence.
+            touched: experts of a layer that any of its tokens goes to; default: if all are as
+                likely.
+        """
+        experts = self.touched(len(contexts)) if touched is None else touched
+        read = self.weight_bytes + experts * self.expert_bytes
+        return (read + sum(contexts) * self.token_bytes) / self.bytes_per_s
 
     def prefill_s(self, tokens: int) -> float:
         """Two operations for each weight, of two bytes, and token."""
@@ -53,9 +73,18 @@ def limits_of(checkpoint: Path, bytes_per_s: float) -> Limits:
     size = torch.bfloat16.itemsize
     head = config.vocab_size * config.hidden_size * size
     once = weight_bytes(config, torch.bfloat16) - (0 if config.tied_embeddings else head)
+    experts, per_token, expert_bytes = 0, 0, 0
+    if config.experts and config.experts.layers:
+        experts, per_token = config.experts.count, config.experts.per_token
+        elements = 3 * config.hidden_size * config.experts.intermediate_size
+        expert_bytes = len(config.experts.layers) * elements * size
+    always = once - experts * expert_bytes
     return Limits(
-        weight_bytes=once,
-        prompt_bytes=once - head,
+        weight_bytes=always,
+        prompt_bytes=always - head + per_token * expert_bytes,
         token_bytes=2 * config.layers * config.kv_heads * config.head_dim * size,
         bytes_per_s=bytes_per_s,
+        experts=experts,
+        per_token=per_token,
+        expert_bytes=expert_bytes,
     )

@@ -4,7 +4,8 @@
 
 256 prompts of 100 to 1024 random tokens, 100 to 1024 new tokens each (133,966 in all), seed 0,
 temperature 0.6, end tokens ignored; the second of two runs, with nothing left in the cache of the
-first. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
+first. Models are shapes of ``bench.shapes`` with random weights, by default the dense ones. Needs a
+GPU.
 """
 
 import functools
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import torch
 import typer
 from rich.console import Console
@@ -23,7 +25,7 @@ from rich.table import Table
 from bench.cold_start import model_repository
 from bench.limits import Limits, limits_of
 from bench.results import write_results
-from bench.shapes import SHAPES
+from bench.shapes import DENSE, SHAPES
 from fi_runtime.attention.timing import memory_bandwidth
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
@@ -75,15 +77,20 @@ def bytes_per_s() -> float:
     return memory_bandwidth(torch.device("cuda")) * 1e9
 
 
-def engine_of(model: str, kernels: Path | None, folder: Path) -> tuple[Engine, Limits]:
+def engine_of(
+    model: str, kernels: Path | None, folder: Path, **knobs: int
+) -> tuple[Engine, Limits]:
     """A model's engine on the GPU, as its process sets it up, and the model's limits there.
+
+    Args:
+        knobs: of the engine, other than the defaults.
 
     Raises:
         typer.BadParameter: there is no GPU.
     """
     moved = bytes_per_s()
     repository = model_repository(model, folder, kernels)
-    config = read_engine_config(repository / "llm", "cuda")
+    config = msgspec.structs.replace(read_engine_config(repository / "llm", "cuda"), **knobs)
     engine = Engine(config)
     gc.collect()
     gc.freeze()
@@ -121,7 +128,7 @@ def main(
 ) -> None:
     """Measure each model and print a table."""
     rows = []
-    for model in models or SHAPES:
+    for model in models or DENSE:
         rows.append(measure(model, kernels))
         release()
         if out is not None:  # what there is, should a later model fail

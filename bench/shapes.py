@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 LLAMA_3_ROPE = {
     "rope_type": "llama3",
@@ -65,11 +65,32 @@ SHAPES: dict[str, PretrainedConfig] = {
         rms_norm_eps=1e-5,
         rope_parameters=LLAMA_3_ROPE,
     ),
+    # huggingface.co/Qwen/Qwen3-30B-A3B
+    "Qwen3-30B-A3B": Qwen3MoeConfig(
+        architectures=["Qwen3MoeForCausalLM"],
+        vocab_size=151_936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+        max_position_embeddings=40_960,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+    ),
 }
 
 
 PEERS = ("Qwen3-0.6B", "Llama-3.1-8B")
 """those that everything is measured with, as its peers were"""
+DENSE = ("Qwen3-0.6B", "Qwen3-14B", "Llama-3.1-8B")
+MIXTURE = "Qwen3-30B-A3B"
+"""of experts"""
 
 
 def write_shape(name: str, folder: Path) -> Path:

@@ -95,7 +95,7 @@ def prebuild(
     with told_errors():
         config = read_engine_config(model, "cuda")
         shape = load_model_config(Path(config.checkpoint))
-        check_has_kernels(shape)
+        check_has_kernels(shape, compute_dtype(config))
         # What auto would choose is for the GPU to say; one of these it is.
         both = fa3 or config.attention_backend != "fa2"
         compile_modules(

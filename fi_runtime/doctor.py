@@ -31,13 +31,12 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend, ConfigError, EngineConfig
 from fi_runtime.engine.build import (
     available_memory,
-    check_has_kernels,
+    check_gpu_has_kernels,
     compute_dtype,
     weight_bytes,
 )
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.library import (
-    check_gpu,
     check_version,
     flashinfer,
     prebuilt_manifest,
@@ -350,8 +349,7 @@ def _attention(model: ModelConfig, dtype: torch.dtype) -> Check:
     """Whether FlashInfer has kernels for this GPU and these heads."""
     value = f"heads of {model.head_dim} in {str(dtype).removeprefix('torch.')}"
     try:
-        check_gpu(dtype)
-        check_has_kernels(model)
+        check_gpu_has_kernels(model, dtype)
     except ConfigError as error:
         return Check("attention", value, "problem", str(error))
     return Check("attention", value)

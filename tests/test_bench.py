@@ -1,5 +1,6 @@
 """What the benchmarks are made of, without the machine that they are for."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from bench import mixed, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
 from bench.limits import limits_of
+from bench.moe import counting
 from bench.offline import work
 from bench.shapes import SHAPES, write_shape
 from bench.timeline import gaps_of, short, spans_of, totals_of
@@ -21,11 +23,13 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import load_model_config
 from tests.conftest import write_twin
+from tests.test_families import write
 
 PUBLISHED = {
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-14B": 14_768_307_200,
     "Llama-3.1-8B": 8_030_261_248,
+    "Qwen3-30B-A3B": 30_532_122_624,
 }
 """parameters, as counted on the models' pages"""
 
@@ -112,6 +116,39 @@ def test_a_decode_step_reads_all_weights_but_an_embedding_once(
     # Two prompts, of which one has its last token a step earlier.
     steps = limits.decode_s([6, 11]) + limits.decode_s([12])
     assert limits.offline_s([5, 10], [2, 3]) == pytest.approx(limits.prefill_s(15) + steps)
+
+
+def test_a_mixture_reads_the_experts_that_its_tokens_go_to(tmp_path: Path) -> None:
+    model = write("qwen3-moe, some layers", tmp_path)
+    limits = limits_of(tmp_path, bytes_per_s=1.0)
+    parameters = sum(each.numel() for each in model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    assert limits.decode_s([0], touched=limits.experts) == 2 * (parameters - embedding)
+    assert limits.touched(1) == pytest.approx(limits.per_token)
+    one = sum(each[0].numel() for name, each in model.named_parameters() if ".experts." in name)
+    without = limits.decode_s([0], touched=0)
+    assert limits.decode_s([0]) == pytest.approx(without + limits.per_token * 2 * one)
+    assert limits.prompt_bytes == pytest.approx(limits.decode_s([0]) - 2 * embedding)
+    # Of three tokens, each of which has its own chances.
+    rng, hits = random.Random(0), 0
+    for _ in range(2000):
+        draws = (rng.sample(range(limits.experts), limits.per_token) for _ in range(3))
+        hits += len(set().union(*draws))
+    assert limits.touched(3) == pytest.approx(hits / 2000, rel=0.02)
+
+
+def test_the_experts_that_a_step_reads_are_counted(tmp_path: Path) -> None:
+    model = write("qwen3-moe, some layers", tmp_path)
+    params = SamplingParams(max_tokens=9, temperature=0.0, seed=0, ignore_eos=True)
+    engine = Engine(EngineConfig(checkpoint=str(tmp_path), cache_tokens=4096))
+    with counting(1) as numbers:
+        engine.generate([[5, 6, 7]], params)
+    mixtures, per_token = 2, model.config.num_experts_per_tok
+    assert [int(number) for number in numbers] == [per_token] * mixtures * 8
+    with counting(40) as numbers:
+        engine.generate([[5 + i, 4 * i] for i in range(40)], params)
+    assert len(numbers) == mixtures * 8
+    assert per_token < min(map(int, numbers)) <= max(map(int, numbers)) <= model.config.num_experts
 
 
 def event(name: str, begin: float, duration: float, category: str = "kernel") -> dict[str, object]:

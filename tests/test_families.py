@@ -30,6 +30,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
@@ -41,6 +43,8 @@ from fi_runtime.engine.build import check_has_kernels
 from fi_runtime.engine.core import Engine
 from fi_runtime.kernels import projection
 from fi_runtime.kernels.heads import Heads
+from fi_runtime.kernels.moe import experts_grouped
+from fi_runtime.layers import moe
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import ARCHITECTURES, ModelConfig, load_model_config
 
@@ -99,6 +103,11 @@ def qwen3_moe(**values: Any) -> PreTrainedModel:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | EXPERTS | values))
 
 
+def qwen2_moe(**values: Any) -> PreTrainedModel:
+    shared = {"shared_expert_intermediate_size": 56}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**NO_HEAD_DIM | EXPERTS | shared | values))
+
+
 def gemma2(**values: Any) -> PreTrainedModel:
     return Gemma2ForCausalLM(Gemma2Config(**SHAPE | GEMMA | values))
 
@@ -151,6 +160,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: qwen3(),
     "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True),
     "qwen3-moe, some layers": lambda: qwen3_moe(mlp_only_layers=[1], num_experts_per_tok=3),
+    "qwen2-moe": lambda: qwen2_moe(decoder_sparse_step=2),
     "gemma 2": lambda: gemma2(attn_logit_softcapping=2.0),
     "gemma 3": lambda: gemma3(
         rope_parameters={
@@ -258,6 +268,7 @@ def test_few_tokens_meet_only_kernels_that_know_their_layers(
 
     monkeypatch.setattr(projection, "is_few", lambda x, weight: len(x) <= 16)
     monkeypatch.setattr(projection, "norm_linear", norm_linear)
+    monkeypatch.setattr(moe, "experts", experts_grouped)
     for name in ("norm_linear_silu_and_mul", "add_linear"):
         monkeypatch.setattr(projection, name, getattr(projection, f"{name}_reference"))
     twin.check(twin.engine(cache_tokens=4000, step_tokens=24, max_sequences=6))
@@ -327,22 +338,30 @@ def test_what_cannot_be_served_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "config", "words"),
+    ("architecture", "config", "dtype", "words"),
     [
         (
             "Phi3ForCausalLM",
             Phi3Config(hidden_size=3072, num_attention_heads=32),
+            torch.bfloat16,
             "head_dim=96: FlashInfer's FA2 kernels are for 64, 128, 256",
         ),
         (
             "Qwen3MoeForCausalLM",
             Qwen3MoeConfig(head_dim=128),
-            "Qwen3MoeForCausalLM: its experts have no GPU kernel yet",
+            torch.float16,
+            "dtype=float16: experts are multiplied in bfloat16 on a GPU",
+        ),
+        (
+            "Qwen3MoeForCausalLM",
+            Qwen3MoeConfig(head_dim=128, moe_intermediate_size=764),
+            torch.bfloat16,
+            "hidden_size=2048, moe_intermediate_size=764: .* are of multiples of 8",
         ),
     ],
 )
 def test_what_a_gpu_has_no_kernels_for_is_refused_there(
-    architecture: str, config: PreTrainedConfig, words: str, tmp_path: Path
+    architecture: str, config: PreTrainedConfig, dtype: torch.dtype, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        check_has_kernels(read(architecture, config, tmp_path))
+        check_has_kernels(read(architecture, config, tmp_path), dtype)

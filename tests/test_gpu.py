@@ -467,7 +467,7 @@ def forced_logprobs(model: PreTrainedModel, tokens: list[int], start: int) -> to
     return rows.gather(1, torch.tensor(tokens[start:], device="cuda")[:, None])[:, 0].cpu()
 
 
-def assert_logprobs_are_near(folder: Path, vocab: int) -> None:
+def assert_logprobs_are_near(folder: Path, vocab: int, **knobs: int) -> None:
     """As near to transformers' in float32 as its own in bfloat16 are, after prompts of 1 to 300.
 
     Of drawn tokens: the likeliest ones of a small random model soon repeat, so that a whole answer
@@ -480,7 +480,7 @@ def assert_logprobs_are_near(folder: Path, vocab: int) -> None:
         SamplingParams(max_tokens=32, seed=seed, logprobs=0, ignore_eos=True)
         for seed in range(len(prompts))
     ]
-    results = gpu_engine(folder, step_tokens=256).generate(prompts, params)
+    results = gpu_engine(folder, step_tokens=256, **knobs).generate(prompts, params)
     wide, narrow = (transformers_model(folder, dtype) for dtype in (torch.float32, BF16))
     ours, theirs = [], []
     for prompt, result in zip(prompts, results, strict=True):

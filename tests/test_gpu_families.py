@@ -13,14 +13,28 @@ from fi_runtime.attention.base import AttentionKind
 from fi_runtime.attention.flashinfer import FlashInferAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape
-from fi_runtime.kernels.activation import gelu_tanh_and_mul
+from fi_runtime.kernels.activation import (
+    gelu_tanh_and_mul,
+    silu_and_mul,
+    silu_and_mul_reference,
+)
+from fi_runtime.kernels.moe import experts, experts_reference, route
 from fi_runtime.kernels.norm import (
     add_offset_rms_norm,
     offset_rms_norm,
     offset_rms_norm_reference,
 )
 from tests.layouts import make_layout, some_counts
-from tests.test_families import gemma2, gemma3, mistral, phi3, qwen2, rope
+from tests.test_families import (
+    gemma2,
+    gemma3,
+    mistral,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3_moe,
+    rope,
+)
 from tests.test_gpu import (
     LIMITS,
     assert_logprobs_are_near,
@@ -48,9 +62,12 @@ GEMMA = {
     "query_pre_attn_scalar": 64,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
+EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "mistral": lambda: mistral(**HEADS_OF_64, sliding_window=40),
     "qwen2": lambda: qwen2(**WIDE, use_sliding_window=True, sliding_window=40, max_window_layers=2),
+    "qwen2-moe": lambda: qwen2_moe(**WIDE | EXPERTS, shared_expert_intermediate_size=256),
+    "qwen3-moe": lambda: qwen3_moe(**HEADS_OF_64 | EXPERTS, norm_topk_prob=True),
     "gemma 2": lambda: gemma2(**GEMMA, attn_logit_softcapping=20.0),
     "gemma 3": lambda: gemma3(**GEMMA),
     "phi-3": lambda: phi3(**WIDE, **rope("default", partial_rotary_factor=0.75)),
@@ -80,6 +97,38 @@ def test_gelu_tanh_and_mul(tokens: int) -> None:
     assert error(gelu_tanh_and_mul(x), gelu_tanh_and_mul(x.float().cpu())) < 8e-3
 
 
+@pytest.mark.parametrize(("number", "per_token"), [(128, 8), (6, 2)])
+@pytest.mark.parametrize("tokens", [1, 7, 64, 1000])
+def test_experts_in_a_graph_follow_their_tokens(tokens: int, number: int, per_token: int) -> None:
+    """One captured call, replayed for tokens that go to other experts each time."""
+    hidden, size = 256, 96
+    gate_up = normal(number, 2 * size, hidden) / hidden**0.5
+    down = normal(number, hidden, size, seed=1) / size**0.5
+    x, logits = normal(tokens, hidden), normal(tokens, number)
+
+    def compute() -> torch.Tensor:
+        weights, chosen = route(logits, per_token, True)
+        return experts(x, weights, chosen, gate_up, down, silu_and_mul)
+
+    compute()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = compute()
+    for seed in range(4):
+        x.copy_(normal(tokens, hidden, seed=seed))
+        logits.copy_(normal(tokens, number, seed=seed) * 3)
+        if seed == 3:
+            logits[:, per_token:] -= 100.0  # all to the same few
+        graph.replay()
+        weights, chosen = route(logits, per_token, True)
+        wide = (each.float() for each in (gate_up, down))
+        expected = experts_reference(
+            x.float(), weights.float(), chosen, *wide, silu_and_mul_reference
+        )
+        assert error(out, expected) < 1e-2
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (16, 2)])
 def test_windows_and_caps_are_the_references(heads: int, kv_heads: int) -> None:
     kinds = [
@@ -98,9 +147,11 @@ def test_windows_and_caps_are_the_references(heads: int, kv_heads: int) -> None:
             compare(attention, reference, layout, heads, gpu.shape)
 
 
+@pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("name", MODELS)
-def test_logprobs_are_as_near_as_transformers_own(name: str, tmp_path: Path) -> None:
+def test_logprobs_are_as_near_as_transformers_own(name: str, graphs: bool, tmp_path: Path) -> None:
     torch.manual_seed(3)
     # bfloat16 on disk: all that are compared then have the same weights.
     MODELS[name]().bfloat16().save_pretrained(tmp_path)
-    assert_logprobs_are_near(tmp_path, 199)
+    knobs = {} if graphs else {"decode_graphs": 0, "piece_graphs": 0}
+    assert_logprobs_are_near(tmp_path, 199, **knobs)

@@ -15,6 +15,7 @@ from fi_runtime.engine.gpu_memory import room_for_cache
 from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Runner
 from fi_runtime.engine.step_graphs import GraphSizes, StepGraphs
+from fi_runtime.kernels import moe
 from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuilt
 from fi_runtime.kernels.prebuild import Compiled
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
@@ -48,8 +49,7 @@ def build(config: EngineConfig, phases: Phases) -> Built:
     dtype = compute_dtype(config)
     _check_max_context(config, model_config)
     if device.type == "cuda":
-        check_gpu(dtype)
-        check_has_kernels(model_config)
+        check_gpu_has_kernels(model_config, dtype)
         _find_kernels(Path(config.kernels))
     phases.end("checks")
     model = _load(config, model_config, dtype, device)
@@ -78,18 +78,23 @@ def compute_dtype(config: EngineConfig) -> torch.dtype:
     return torch.float32 if config.device == "cpu" else torch.bfloat16
 
 
-def check_has_kernels(model: ModelConfig) -> None:
-    """Refuse a model that there are no GPU kernels for.
+def check_has_kernels(model: ModelConfig, dtype: torch.dtype) -> None:
+    """Refuse a model that there are no GPU kernels for, whatever the GPU.
 
     Raises:
         ConfigError: says what was found and what is possible.
     """
     check_head_dim(model.head_dim)
     if model.experts and model.experts.layers:
-        raise ConfigError(
-            f"{model.architecture}: its experts have no GPU kernel yet; such a model runs on the "
-            "CPU only (KIND_CPU)"
-        )
+        moe.check_sizes(dtype, model.hidden_size, model.experts.intermediate_size)
+
+
+def check_gpu_has_kernels(model: ModelConfig, dtype: torch.dtype) -> None:
+    """Refuse a model that there are no kernels for on this GPU, likewise."""
+    check_gpu(dtype)
+    check_has_kernels(model, dtype)
+    if model.experts and model.experts.layers:
+        moe.check_gpu()
 
 
 def compiled_in(model: ModelConfig) -> Compiled:

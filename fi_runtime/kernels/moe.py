@@ -1,9 +1,56 @@
-"""Mixtures of experts: which experts a token goes to, and what they make of it."""
+"""Mixtures of experts: which experts a token goes to, and what they make of it.
+
+On a GPU all experts are one matrix product, of tokens that are sorted by expert. What it reads is
+the weights of those that any token goes to, whose number only the device knows.
+"""
 
 import torch
 from torch.nn import functional
 
+from fi_runtime.config import ConfigError
 from fi_runtime.kernels.activation import GatedActivation
+
+CAPABILITIES = (9, 10)
+"""major ones of GPUs for which torch has a grouped product that reads its groups on the device"""
+MULTIPLE = 8
+"""of elements in a row: the product reads 16 bytes at a time"""
+
+
+def check_sizes(dtype: torch.dtype, hidden: int, size: int) -> None:
+    """Refuse experts that there is no grouped product for on any GPU.
+
+    Args:
+        dtype: of the weights.
+        hidden: elements of a token.
+        size: of an expert's intermediate layer.
+
+    Raises:
+        ConfigError: says what was found and what is possible.
+    """
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"dtype={str(dtype).removeprefix('torch.')}: experts are multiplied in bfloat16 on a "
+            "GPU; use it, or KIND_CPU"
+        )
+    if hidden % MULTIPLE or size % MULTIPLE:
+        raise ConfigError(
+            f"hidden_size={hidden}, moe_intermediate_size={size}: experts' products on a GPU are "
+            f"of multiples of {MULTIPLE}; use KIND_CPU"
+        )
+
+
+def check_gpu() -> None:
+    """Refuse a GPU that torch has no grouped product for.
+
+    Raises:
+        ConfigError: says what was found and what is possible.
+    """
+    major, minor = torch.cuda.get_device_capability()
+    if major not in CAPABILITIES:
+        raise ConfigError(
+            f"{torch.cuda.get_device_name()} has compute capability {major}.{minor}; mixtures of "
+            f"experts need {' or '.join(f'{each}.x' for each in CAPABILITIES)}, or KIND_CPU"
+        )
 
 
 def route(
@@ -35,19 +82,53 @@ def experts(
 ) -> torch.Tensor:
     """Sum of weight * down(activation(gate_up(x))) over each token's experts.
 
-    There is no kernel for it on a GPU yet: the loop waits for the device to know who is used.
-
     Args:
         x: (tokens, hidden).
         weights: (tokens, per_token).
-        chosen: (tokens, per_token), int64.
+        chosen: (tokens, per_token), int64; no expert twice for a token.
         gate_up: (experts, 2 * size, hidden), the gate first.
         down: (experts, hidden, size).
-        activation: (tokens, 2 * size) -> (tokens, size).
+        activation: (rows, 2 * size) -> (rows, size).
 
     Returns:
         (tokens, hidden).
     """
+    compute = experts_grouped if x.is_cuda else experts_reference
+    return compute(x, weights, chosen, gate_up, down, activation)
+
+
+def experts_grouped(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: GatedActivation,
+) -> torch.Tensor:
+    """``experts`` as two products of all experts at once.
+
+    Of fixed shapes and without a look at any value, so that a CUDA graph can hold it.
+    """
+    tokens, per_token = chosen.shape
+    of_expert, order = chosen.flatten().sort(stable=True)
+    each = torch.arange(len(gate_up), device=x.device)
+    ends = torch.searchsorted(of_expert, each, right=True, out_int32=True)
+    inner = functional.grouped_mm(x[order // per_token], gate_up.mT, offs=ends)
+    sorted_parts = functional.grouped_mm(activation(inner), down.mT, offs=ends)
+    parts = torch.empty_like(sorted_parts).index_copy_(0, order, sorted_parts)
+    # Each token's weights times its parts: a product, so that only the sum is rounded.
+    return torch.bmm(weights[:, None], parts.view(tokens, per_token, -1))[:, 0]
+
+
+def experts_reference(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    chosen: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: GatedActivation,
+) -> torch.Tensor:
+    """``experts`` in plain torch, one expert after another."""
     out = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         rows, places = (chosen == expert).nonzero(as_tuple=True)

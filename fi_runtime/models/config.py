@@ -31,6 +31,8 @@ class Experts:
     """of one"""
     normalised: bool
     """whether the weights of those chosen are scaled to a sum of 1"""
+    shared_size: int = 0
+    """of the intermediate layer of an expert that every token goes to; 0: there is none"""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fi_runtime.models.llama import LLAMA
 from fi_runtime.models.mistral import MISTRAL
 from fi_runtime.models.phi3 import PHI3
 from fi_runtime.models.qwen2 import QWEN2
+from fi_runtime.models.qwen2_moe import QWEN2_MOE
 from fi_runtime.models.qwen3 import QWEN3
 from fi_runtime.models.qwen3_moe import QWEN3_MOE
 
@@ -20,6 +21,7 @@ ARCHITECTURES = {
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "Gemma2ForCausalLM": GEMMA2,
