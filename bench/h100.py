@@ -5,11 +5,12 @@
 Runs the tests marked gpu, doctor, the table of decode attention with this FlashInfer and an older
 one; for each model a real tritonserver: its start, perf_analyzer against both doors, and for the
 default checkpoint the share of its tasks answered exactly; the transport alone; the engine offline
-against the same engine served; and the engine alone: its peers' benchmarks, what its steps are made
-of, streams beside long prompts, and shared prefixes. Each part writes its results file and is run
-whatever became of those before it; the exit code is 1 if any failed. Parts: tests, doctor,
-attention, served, transport, serving, offline, latency, moe, timeline, mixed, prefix; all where
-none is named.
+against the same engine served; and the engine alone: how near each family's answers are to
+transformers', its peers' benchmarks, a mixture of experts, what its steps are made of, streams
+beside long prompts, and shared prefixes. Each part writes its results file and is run whatever
+became of those before it; the exit code is 1 if any failed. Parts: tests, doctor, attention,
+served, transport, serving, fidelity, offline, latency, moe, timeline, mixed, prefix; all where none
+is named.
 """
 
 import functools
@@ -42,7 +43,7 @@ GPU_TESTS = (
 )
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
-ALONE = ("offline", "latency", "moe", "timeline", "mixed", "prefix")
+ALONE = ("fidelity", "offline", "latency", "moe", "timeline", "mixed", "prefix")
 """of the engine, without a server"""
 
 console = Console(width=140)

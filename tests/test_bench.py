@@ -1,5 +1,6 @@
 """What the benchmarks are made of, without the machine that they are for."""
 
+import json
 import random
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from transformers import PreTrainedModel
 from bench import mixed, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
+from bench.families import write
+from bench.fidelity import config_of, fidelity_of, logprob_errors, reference, write_family
 from bench.limits import limits_of
 from bench.moe import counting
 from bench.offline import work
@@ -23,7 +26,6 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import load_model_config
 from tests.conftest import write_twin
-from tests.test_families import write
 
 PUBLISHED = {
     "Qwen3-0.6B": 596_049_920,
@@ -149,6 +151,20 @@ def test_the_experts_that_a_step_reads_are_counted(tmp_path: Path) -> None:
         engine.generate([[5 + i, 4 * i] for i in range(40)], params)
     assert len(numbers) == mixtures * 8
     assert per_token < min(map(int, numbers)) <= max(map(int, numbers)) <= model.config.num_experts
+
+
+def test_fidelity_tells_a_model_that_is_served_as_it_is_from_another(tmp_path: Path) -> None:
+    config = config_of(write_family("qwen3-moe", tmp_path, "cpu"), "cpu")
+    found = fidelity_of(config, copies=1)
+    assert found.greedy_equal == 1.0
+    assert found.error < 1e-5 < 1e-3 < found.reference_error
+    written = json.loads((tmp_path / "config.json").read_text())
+    # What is served is then another model than the one it is compared with.
+    engine, wide = Engine(config), reference(config, torch.float32)
+    (tmp_path / "config.json").write_text(json.dumps(written | {"rms_norm_eps": 0.02}))
+    other = reference(config, torch.float32)
+    error, _ = logprob_errors(engine, other, wide, copies=1)
+    assert error > 1e-3
 
 
 def event(name: str, begin: float, duration: float, category: str = "kernel") -> dict[str, object]:

@@ -1,11 +1,6 @@
-"""Every family against transformers' own model of it, on the CPU in float32.
-
-For each a tiny random checkpoint that transformers writes itself, of a shape in which nothing that
-the family does may be left out: windows and lengths cross, caps bend, norms and biases are random.
-"""
+"""Every family against transformers' own model of it, on the CPU in float32."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,30 +9,17 @@ import pytest
 import torch
 from transformers import (
     Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3Config,
-    Gemma3ForCausalLM,
-    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GptOssConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
-    MistralForCausalLM,
     Phi3Config,
-    Phi3ForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
+from bench.families import FAMILIES, SHAPE, prompt_of, write
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.build import check_has_kernels
 from fi_runtime.engine.core import Engine
@@ -48,138 +30,8 @@ from fi_runtime.layers import moe
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import ARCHITECTURES, ModelConfig, load_model_config
 
-VOCAB = 199
 LENGTHS = [1, 2, 7, 16, 17, 33, 64, 100, 191, 256, 300]
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, seed=0, logprobs=0)
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 48,
-    "intermediate_size": 72,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 20,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 0.01,
-    # Wide enough that the likeliest token leads by more than rounding.
-    "initializer_range": 0.25,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-    "attn_implementation": "eager",
-}
-NO_HEAD_DIM = {key: value for key, value in SHAPE.items() if key != "head_dim"}
-GEMMA = {
-    "sliding_window": 24,
-    "query_pre_attn_scalar": 10,
-    "final_logit_softcapping": 6.0,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-}
-EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-
-
-def rope(kind: str, **values: Any) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **values}}
-
-
-def llama(**values: Any) -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**SHAPE | values))
-
-
-def mistral(**values: Any) -> PreTrainedModel:
-    return MistralForCausalLM(MistralConfig(**SHAPE | values))
-
-
-def qwen2(**values: Any) -> PreTrainedModel:
-    return Qwen2ForCausalLM(Qwen2Config(**NO_HEAD_DIM | values))
-
-
-def qwen3(**values: Any) -> PreTrainedModel:
-    return Qwen3ForCausalLM(Qwen3Config(**SHAPE | values))
-
-
-def qwen3_moe(**values: Any) -> PreTrainedModel:
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SHAPE | EXPERTS | values))
-
-
-def qwen2_moe(**values: Any) -> PreTrainedModel:
-    shared = {"shared_expert_intermediate_size": 56}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**NO_HEAD_DIM | EXPERTS | shared | values))
-
-
-def gemma2(**values: Any) -> PreTrainedModel:
-    return Gemma2ForCausalLM(Gemma2Config(**SHAPE | GEMMA | values))
-
-
-def gemma3(**values: Any) -> PreTrainedModel:
-    return Gemma3ForCausalLM(Gemma3TextConfig(**SHAPE | GEMMA | values))
-
-
-def gemma3_with_images() -> PreTrainedModel:
-    text = {key: value for key, value in SHAPE.items() if key != "attn_implementation"}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = Gemma3Config(
-        # Published ones have no cap, and transformers would apply it in Gemma3ForCausalLM alone.
-        text_config=text | GEMMA | {"final_logit_softcapping": None},
-        vision_config=vision | {"num_hidden_layers": 1, "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-        initializer_range=SHAPE["initializer_range"],
-        attn_implementation="eager",
-    )
-    return Gemma3ForConditionalGeneration(config)
-
-
-def phi3(**values: Any) -> PreTrainedModel:
-    return Phi3ForCausalLM(Phi3Config(**NO_HEAD_DIM | values))
-
-
-YARN = {"factor": 4.0, "original_max_position_embeddings": 128}
-LLAMA3 = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-LONGROPE = {
-    "short_factor": [1.0, 1.5, 2.0],
-    "long_factor": [4.0, 8.0, 16.0],
-    "partial_rotary_factor": 0.5,
-}
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama 2": lambda: llama(),
-    "llama 3.1": lambda: llama(**rope("llama3", **LLAMA3), tie_word_embeddings=True),
-    "llama, biased": lambda: llama(attention_bias=True, mlp_bias=True),
-    "llama, linear rope": lambda: llama(**rope("linear", factor=3.0)),
-    "llama, yarn": lambda: llama(**rope("yarn", **YARN)),
-    "llama, dynamic rope": lambda: llama(**rope("dynamic", factor=2.0)),
-    "mistral": lambda: mistral(sliding_window=None),
-    "mistral, window": lambda: mistral(sliding_window=24),
-    "qwen2": lambda: qwen2(tie_word_embeddings=True),
-    "qwen2, windows": lambda: qwen2(use_sliding_window=True, sliding_window=9, max_window_layers=1),
-    "qwen3": lambda: qwen3(),
-    "qwen3-moe": lambda: qwen3_moe(norm_topk_prob=True),
-    "qwen3-moe, some layers": lambda: qwen3_moe(mlp_only_layers=[1], num_experts_per_tok=3),
-    "qwen2-moe": lambda: qwen2_moe(decoder_sparse_step=2),
-    "gemma 2": lambda: gemma2(attn_logit_softcapping=2.0),
-    "gemma 3": lambda: gemma3(
-        rope_parameters={
-            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
-        }
-    ),
-    "gemma 3, with images": lambda: gemma3_with_images(),
-    "phi-3": lambda: phi3(sliding_window=30, **rope("default", partial_rotary_factor=0.5)),
-    "phi-3, longrope": lambda: phi3(
-        max_position_embeddings=4096,
-        original_max_position_embeddings=512,
-        **rope("longrope", **LONGROPE),
-    ),
-}
-
-
-def prompt_of(length: int) -> list[int]:
-    return random.Random(length).choices(range(VOCAB), k=length)
 
 
 @dataclass
@@ -222,18 +74,7 @@ class Twin:
         assert engine.pool.free == engine.pool.usable
 
 
-def write(name: str, folder: Path) -> PreTrainedModel:
-    torch.manual_seed(2)
-    model = MODELS[name]().eval()
-    for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name or "bias" in parameter_name:
-            # About what it is made as: 0 for biases and where norms add 1 to it.
-            torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
-    model.save_pretrained(folder)
-    return model
-
-
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=FAMILIES)
 def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
     folder = tmp_path_factory.mktemp("checkpoint")
     return Twin(folder, write(request.param, folder))
@@ -283,7 +124,7 @@ def test_heads_that_the_kernel_does_not_know() -> None:
 
 
 def test_every_architecture_has_a_twin() -> None:
-    assert {type(build()).__name__ for build in MODELS.values()} == set(ARCHITECTURES)
+    assert {type(build()).__name__ for build in FAMILIES.values()} == set(ARCHITECTURES)
 
 
 def test_a_context_ends_where_the_angles_of_longrope_change(twin: Twin) -> None:

@@ -1,18 +1,18 @@
 """What only some families need of a GPU, and their logprobs there. Needs a GPU."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
+from bench.families import FAMILIES
+from bench.fidelity import config_of, fidelity_of, write_family
 from fi_runtime.attention.base import AttentionKind
 from fi_runtime.attention.flashinfer import FlashInferAttention
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape
+from fi_runtime.config import EngineConfig
 from fi_runtime.kernels.activation import (
     gelu_tanh_and_mul,
     silu_and_mul,
@@ -25,53 +25,12 @@ from fi_runtime.kernels.norm import (
     offset_rms_norm_reference,
 )
 from tests.layouts import make_layout, some_counts
-from tests.test_families import (
-    gemma2,
-    gemma3,
-    mistral,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3_moe,
-    rope,
-)
-from tests.test_gpu import (
-    LIMITS,
-    assert_logprobs_are_near,
-    caches,
-    compare,
-    error,
-    normal,
-)
+from tests.test_gpu import LIMITS, caches, compare, error, normal
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
-
-WIDE: dict[str, Any] = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "max_position_embeddings": 1024,
-    "initializer_range": 0.08,
-}
-HEADS_OF_64 = {**WIDE, "head_dim": 64}
-GEMMA = {
-    **HEADS_OF_64,
-    "query_pre_attn_scalar": 64,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-}
-EXPERTS = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "mistral": lambda: mistral(**HEADS_OF_64, sliding_window=40),
-    "qwen2": lambda: qwen2(**WIDE, use_sliding_window=True, sliding_window=40, max_window_layers=2),
-    "qwen2-moe": lambda: qwen2_moe(**WIDE | EXPERTS, shared_expert_intermediate_size=256),
-    "qwen3-moe": lambda: qwen3_moe(**HEADS_OF_64 | EXPERTS, norm_topk_prob=True),
-    "gemma 2": lambda: gemma2(**GEMMA, attn_logit_softcapping=20.0),
-    "gemma 3": lambda: gemma3(**GEMMA),
-    "phi-3": lambda: phi3(**WIDE, **rope("default", partial_rotary_factor=0.75)),
-}
 
 
 @pytest.mark.parametrize("shape", [(1, 1024), (300, 256), (5, 8, 64)])
@@ -147,11 +106,19 @@ def test_windows_and_caps_are_the_references(heads: int, kv_heads: int) -> None:
             compare(attention, reference, layout, heads, gpu.shape)
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("name", MODELS)
-def test_logprobs_are_as_near_as_transformers_own(name: str, graphs: bool, tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    # bfloat16 on disk: all that are compared then have the same weights.
-    MODELS[name]().bfloat16().save_pretrained(tmp_path)
-    knobs = {} if graphs else {"decode_graphs": 0, "piece_graphs": 0}
-    assert_logprobs_are_near(tmp_path, 199, **knobs)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logprobs_are_as_near_as_transformers_own(name: str, tmp_path: Path) -> None:
+    assert_is_near(config_of(write_family(name, tmp_path, "cuda"), "cuda"))
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", "qwen2-moe", "qwen3-moe", "gemma 2"])
+def test_logprobs_without_graphs(name: str, tmp_path: Path) -> None:
+    folder = write_family(name, tmp_path, "cuda")
+    assert_is_near(config_of(folder, "cuda", decode_graphs=0, piece_graphs=0))
+
+
+def assert_is_near(config: EngineConfig) -> None:
+    """To transformers in float32, as its own answers in bfloat16 are."""
+    found = fidelity_of(config)
+    print(found)
+    assert found.error <= 1.1 * found.reference_error
