@@ -8,13 +8,14 @@ from typing import Any
 import msgspec
 import pytest
 from llguidance import LLMatcher
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import BadRequest, Engine
 from fi_runtime.engine.runner import Runner
 from fi_runtime.messages import SamplingParams
 from tests.conftest import VOCAB, write_twin
+from tests.draws import assert_pairs_follow
 from tests.serving import byte_tokenizer, write_checkpoint
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -90,17 +91,45 @@ def test_edits_of_one_sequence_are_not_its_neighbours(checkpoint: Path) -> None:
     assert results[0] == results[2] != alone
 
 
-def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(checkpoint: Path) -> None:
-    alone = engine(checkpoint).generate([PROMPT], SEEDED)[0]
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"top_p": 0.95},
+        {"temperature": 0.7, "top_k": 20, "min_p": 0.01},
+        {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+    ],
+)
+def test_a_seed_gives_the_same_tokens_alone_batched_and_preempted(
+    knobs: dict[str, float], checkpoint: Path
+) -> None:
+    seeded = SamplingParams(max_tokens=20, seed=99, **knobs)  # type: ignore[arg-type]
+    alone = engine(checkpoint).generate([PROMPT], seeded)[0]
     others = [msgspec.structs.replace(SEEDED, seed=seed) for seed in range(11)]
-    batch = engine(checkpoint).generate([PROMPT] * 12, [*others, SEEDED])
+    batch = engine(checkpoint).generate([PROMPT] * 12, [*others, seeded])
     assert batch[-1] == alone
     assert len({tuple(result.tokens) for result in batch}) > 6, "seeds make no difference"
     tight = Engine(
         EngineConfig(checkpoint=str(checkpoint), cache_tokens=48, page_size=4, max_context=40)
     )
-    assert tight.generate([PROMPT] * 12, [*others, SEEDED])[-1] == alone
+    assert tight.generate([PROMPT] * 12, [*others, seeded])[-1] == alone
     assert tight.scheduler.num_preemptions > 0
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"temperature": 0.6},
+        {"top_k": 9, "top_p": 0.9, "min_p": 0.01},
+        {"repetition_penalty": 1.5},
+        {"presence_penalty": -2.0},
+        {"frequency_penalty": -2.0, "top_k": 30},
+    ],
+)
+def test_tokens_in_a_row_follow_the_exact_distribution(
+    knobs: dict[str, float], checkpoint: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert_pairs_follow(engine(checkpoint), model, knobs)
 
 
 def test_aborted_sequences_give_their_pages_back(checkpoint: Path) -> None:

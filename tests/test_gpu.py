@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from transformers import (
     Qwen3Config,
 )
 
+from bench.fidelity import config_of, reference, write_family
 from fi_runtime.attention.base import Attention, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import (
     FlashInferAttention,
@@ -23,6 +25,7 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine, Generation
 from fi_runtime.engine.decode_graphs import padded_sizes
+from fi_runtime.engine.sampler import filters
 from fi_runtime.kernels.activation import silu_and_mul, silu_and_mul_reference
 from fi_runtime.kernels.embedding import embed, embed_reference
 from fi_runtime.kernels.heads import Heads, Places, place, place_reference
@@ -37,8 +40,18 @@ from fi_runtime.kernels.projection import (
     norm_linear_silu_and_mul,
     norm_linear_silu_and_mul_reference,
 )
+from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.messages import SamplingParams
-from tests.draws import assert_follows, distribution, drawn, draws_for
+from tests.draws import (
+    PENALTIES,
+    assert_follows,
+    assert_pairs_follow,
+    counts_of_one,
+    distribution,
+    distribution_of_one,
+    drawn,
+    draws_for,
+)
 from tests.layouts import make_layout, some_counts
 from tools.demo import tasks
 from tools.serve import ROOT
@@ -395,6 +408,41 @@ def test_frequencies_are_the_references(kind: dict[str, float]) -> None:
     assert_follows(found.cpu().numpy(), distribution(logits, **kind))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("knobs", PENALTIES)
+def test_frequencies_after_penalties_follow_the_exact_distribution(
+    knobs: dict[str, float],
+) -> None:
+    logits = 1.5 * torch.randn(40, generator=torch.Generator().manual_seed(6)).cuda()
+    arguments = [2, 5, 5, 9], [5, 0, 7, 7, 7], params_of(3, **knobs)
+    counts = counts_of_one(logits, *arguments, 8000)
+    assert_follows(counts, distribution_of_one(logits, *arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_graphs(dtype: torch.dtype) -> None:
+    rows, vocab = 48, 32_001
+    logits = (torch.randn(rows, vocab, generator=torch.Generator().manual_seed(2)) * 3).to(dtype)
+    logits = logits.cuda()
+    for kinds in (KINDS, KINDS[:2]):  # with filters, and without any
+        table = draws_for([params_of(i, **kinds[i % len(kinds)]) for i in range(rows)], range(rows))
+        together = drawn(logits, table)
+        alone = [drawn(logits[i : i + 1], table[:, i : i + 1]) for i in range(rows)]
+        assert torch.equal(torch.cat(alone), together)
+        draws, filtered = Draws.of(table.cuda()), filters(table)
+        slots = TokenSlots(
+            torch.zeros(rows, dtype=torch.int64, device="cuda"), torch.arange(rows, device="cuda")
+        )
+        scratch = scratch_for(rows, logits.device)
+        choose(logits, draws, slots, filtered, scratch)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = choose(logits, draws, slots, filtered, scratch)
+        for _ in range(2):
+            graph.replay()
+            assert torch.equal(found, together)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
 @pytest.mark.parametrize("vocab", [77, 32_001, 151_936])
 def test_the_likeliest_token_is_the_first_of_the_greatest(vocab: int, dtype: torch.dtype) -> None:
@@ -462,9 +510,32 @@ def test_seeded_answers_are_the_same_alone_in_a_batch_and_without_graphs() -> No
     ]
     eager = gpu_engine(DEMO, **NO_GRAPHS)
     without_graphs = tokens_of(eager.generate(prompts, params))
+    tight = gpu_engine(DEMO, cache_tokens=2400, max_context=320)
+    preempted = tokens_of(tight.generate(prompts, params))
+    assert tight.scheduler.num_preemptions > 0
     # A batch of another size rounds otherwise, which moves a draw that is on the edge.
-    for others in (alone, without_graphs):
+    for others in (alone, without_graphs, preempted):
         assert sum(a == b for a, b in zip(together, others, strict=True)) >= 36
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"temperature": 0.5},
+        {"temperature": 0.5, "repetition_penalty": 1.5},
+        {"temperature": 0.5, "presence_penalty": -2.0},
+        {"temperature": 0.5, "frequency_penalty": -2.0},
+    ],
+)
+def test_tokens_in_a_row_follow_the_exact_distribution(
+    knobs: dict[str, float], graphs: bool, tmp_path: Path
+) -> None:
+    config = config_of(write_family("llama 3.1", tmp_path, "cuda"), "cuda")
+    model = reference(config, torch.float32)
+    if not graphs:
+        config = msgspec.structs.replace(config, decode_graphs=0, piece_graphs=0)
+    assert_pairs_follow(Engine(config), model, knobs)
 
 
 @pytest.mark.parametrize("graphs", [{"piece_graphs": 300}, {"decode_graphs": 24}], ids=str)

@@ -9,7 +9,15 @@ import torch
 from fi_runtime.engine.sampler import keys, logprobs
 from fi_runtime.kernels.sampling import log_times
 from fi_runtime.messages import SamplingParams
-from tests.draws import assert_follows, distribution, drawn, draws_for
+from tests.draws import (
+    PENALTIES,
+    assert_follows,
+    counts_of_one,
+    distribution,
+    distribution_of_one,
+    drawn,
+    draws_for,
+)
 
 VOCAB = 12
 DRAWS = 20_000
@@ -47,6 +55,23 @@ def sample(logits: torch.Tensor, rows: list[SamplingParams], indices: Sequence[i
 def test_frequencies_follow_the_exact_distribution(knobs: dict[str, float]) -> None:
     tokens = sample(LOGITS.repeat(DRAWS, 1), [params(**knobs)] * DRAWS, range(DRAWS))
     assert_follows(np.bincount(tokens, minlength=VOCAB), distribution(LOGITS, **knobs))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("knobs", PENALTIES)
+def test_frequencies_after_penalties_follow_the_exact_distribution(
+    knobs: dict[str, float],
+) -> None:
+    wanted, prompt, output = params(**knobs), [2, 5, 5, 9], [5, 0, 7, 7, 7]
+    counts = counts_of_one(LOGITS, prompt, output, wanted, 8000)
+    assert_follows(counts, distribution_of_one(LOGITS, prompt, output, wanted))
+    # Whoever takes the prompt for output, or output for the prompt, fails.
+    for others in ((prompt + output, []), ([], prompt + output)):
+        if not np.allclose(
+            distribution_of_one(LOGITS, *others, wanted),
+            distribution_of_one(LOGITS, prompt, output, wanted),
+        ):
+            with pytest.raises(AssertionError):
+                assert_follows(counts, distribution_of_one(LOGITS, *others, wanted))
 
 
 @pytest.mark.parametrize(
