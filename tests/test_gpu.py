@@ -510,7 +510,7 @@ def test_seeded_answers_are_the_same_alone_in_a_batch_and_without_graphs() -> No
     ]
     eager = gpu_engine(DEMO, **NO_GRAPHS)
     without_graphs = tokens_of(eager.generate(prompts, params))
-    tight = gpu_engine(DEMO, cache_tokens=2400, max_context=320)
+    tight = gpu_engine(DEMO, cache_tokens=800, max_context=320)
     preempted = tokens_of(tight.generate(prompts, params))
     assert tight.scheduler.num_preemptions > 0
     # A batch of another size rounds otherwise, which moves a draw that is on the edge.
