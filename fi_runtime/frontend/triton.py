@@ -26,6 +26,7 @@ from fi_runtime.config import ConfigError, Device, engine_config, split_paramete
 from fi_runtime.frontend.engine_link import POLL_S, EngineLink
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
+from fi_runtime.frontend.one_core import OneCore
 from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.requests import Served, parse_request
@@ -92,16 +93,20 @@ class TritonPythonModel:
         """why nobody starts the engine again, while that is so"""
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
+        senders = [
+            threading.Thread(target=self._reply, args=[outbox], name="replies", daemon=True)
+            for outbox in self._outboxes
+        ]
+        for thread in senders:
+            thread.start()
+        self._senders_core = OneCore(senders)
         self._threads = [
             threading.Thread(target=self._receive, name="tokens", daemon=True),
             threading.Thread(target=self._watch, name="cancellation", daemon=True),
-            *(
-                threading.Thread(target=self._reply, args=[outbox], name="replies", daemon=True)
-                for outbox in self._outboxes
-            ),
         ]
         for thread in self._threads:
             thread.start()
+        self._threads += senders
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
@@ -398,8 +403,12 @@ class TritonPythonModel:
             in_flight.link.send(encode(Abort(in_flight.link.name, number)))
 
     def _watch(self) -> None:
-        """End what nobody waits for, or no engine computes, any more; notice a dead server."""
+        """End what nobody waits for, or no engine computes, any more; notice a dead server.
+
+        And keep the senders where they are fast.
+        """
         while not self._closing.wait(CANCELLATION_CHECK_S):
+            self._senders_core.check()
             if os.getppid() != self._server_pid:
                 log.error("the server is gone")
                 # Triton's stub notices too, and ends with its shared memory removed, unless it is
