@@ -5,7 +5,7 @@ starts that engine; a model whose ``engine`` parameter names another model attac
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -44,6 +44,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         LoadFormat,
         Meta(description="dummy: random weights of the shape in config.json, for measurements"),
     ] = "safetensors"
+    adapters: Annotated[
+        dict[Annotated[str, Meta(min_length=1)], Annotated[str, Meta(min_length=1)]],
+        Meta(
+            description="LoRA adapters: a JSON object of names, which requests choose by, and "
+            "folders as PEFT writes them, relative to the model's folder"
+        ),
+    ] = {}
     attention_backend: Annotated[
         Backend, Meta(description="FlashInfer's kernels on a GPU; fa2 is what is meant to be used")
     ] = "fa2"
@@ -235,6 +242,7 @@ def engine_config(
         config,
         checkpoint=str(model_folder / config.checkpoint),
         kernels=str(model_folder / config.kernels),
+        adapters={name: str(model_folder / path) for name, path in config.adapters.items()},
     )
 
 
@@ -248,9 +256,16 @@ def _convert(kind: type[Config], given: dict[str, str], model: str, **fixed: str
     for name, type_ in _knobs(kind).items():
         if name in given:
             try:
-                values[name] = msgspec.convert(given[name], type_, strict=False)
-            except msgspec.ValidationError as error:
+                values[name] = _converted(given[name], type_)
+            except msgspec.DecodeError as error:
                 raise ConfigError(
                     f"{model}/config.pbtxt: parameter {name}={given[name]!r}: {error}"
                 ) from None
     return kind(**values)
+
+
+def _converted(text: str, type_: Any) -> Any:
+    """A parameter as its type; one of several values is written as JSON."""
+    if get_origin(get_args(type_)[0]) is dict:
+        return msgspec.json.decode(text, type=type_)
+    return msgspec.convert(text, type_, strict=False)

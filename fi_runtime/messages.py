@@ -59,6 +59,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Likeliest tokens to report beside the chosen one; None reports nothing."""
+    lora_name: str = ""
+    """The adapter that it is computed with; empty for none."""
 
 
 class Attach(msgspec.Struct, tag=True, frozen=True):

@@ -1,5 +1,6 @@
 """Copies of the shipped model repository with other parameters, for tests and measurements."""
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,7 +22,7 @@ def copy_door(
     config = re.sub(r"^parameters .*$", "", config, flags=re.MULTILINE)
     config = re.sub(r"count: \d+", f"count: {instances}", config)
     lines = [
-        f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}'
+        f'parameters {{ key: "{key}" value {{ string_value: {json.dumps(value)} }} }}'
         for key, value in parameters.items()
     ]
     (folder / "config.pbtxt").write_text("\n".join([config, *lines, ""]), encoding="utf-8")

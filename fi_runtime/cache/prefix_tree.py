@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 
 from fi_runtime.cache.pages import OutOfPages, PagePool
@@ -25,6 +26,8 @@ class Node:
 class PrefixTree:
     """Hands out a pool's pages, and keeps those that sequences are done with until it needs them.
 
+    Keys and values depend on a sequence's adapter, so that each adapter has a root of its own.
+
     A node that nobody uses counts as free: where the pool has no page left, the leaf that was used
     longest ago gives up its own.
     """
@@ -32,7 +35,7 @@ class PrefixTree:
     def __init__(self, pool: PagePool, page_size: int) -> None:
         self._pool = pool
         self._page_size = page_size
-        self._root = Node(None, (), -1)
+        self._roots: defaultdict[int, Node] = defaultdict(lambda: Node(None, (), -1))
         self._unused = 0
         """nodes without users"""
         self._leaves: list[tuple[int, int, Node]] = []
@@ -66,14 +69,14 @@ class PrefixTree:
         """Return pages that were taken and that no node has."""
         self._pool.give_back(pages)
 
-    def match(self, tokens: Sequence[int]) -> list[Node]:
-        """The nodes of the longest beginning that is there.
+    def match(self, tokens: Sequence[int], adapter: int = 0) -> list[Node]:
+        """The nodes of the longest beginning that is there, computed with that adapter.
 
         Never of all the tokens: without the last one there is nothing to choose the next one from.
         The caller now uses them, and has to release them.
         """
         nodes: list[Node] = []
-        node, size = self._root, self._page_size
+        node, size = self._roots[adapter], self._page_size
         for start in range(0, len(tokens) - size, size):
             child = node.children.get(tuple(tokens[start : start + size]))
             if child is None:
@@ -83,13 +86,15 @@ class PrefixTree:
             node = child
         return nodes
 
-    def add(self, nodes: Sequence[Node], tokens: Sequence[int], page: int) -> Node:
+    def add(
+        self, nodes: Sequence[Node], tokens: Sequence[int], page: int, adapter: int = 0
+    ) -> Node:
         """Keep a page of the caller's, which has what follows ``nodes`` in the tokens.
 
         The caller uses ``nodes`` and now this one. Where there was such a node already it is that
         one, with a page of its own.
         """
-        parent, size = nodes[-1] if nodes else self._root, self._page_size
+        parent, size = nodes[-1] if nodes else self._roots[adapter], self._page_size
         key = tuple(tokens[len(nodes) * size : (len(nodes) + 1) * size])
         node = parent.children.get(key)
         if node is None:
@@ -138,7 +143,8 @@ class PrefixTree:
             node.parent = None
             self._unused -= 1
             self._pool.give_back([node.page])
-            if parent is not self._root and not parent.users:
+            # A root has no page to give up.
+            if parent.parent is not None and not parent.users:
                 self._offer(parent)
             return
 

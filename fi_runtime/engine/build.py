@@ -19,6 +19,7 @@ from fi_runtime.kernels import moe
 from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuilt
 from fi_runtime.kernels.prebuild import Compiled
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
+from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.config import DTYPES
 from fi_runtime.models.weights import CheckpointWeights, CountedWeights, DummyWeights, Weights
 
@@ -35,6 +36,8 @@ class Built:
     """of the cache, the spare page among them"""
     max_context: int
     """tokens of one sequence"""
+    adapters: tuple[str, ...]
+    """their names, by number from 1"""
 
 
 def build(config: EngineConfig, phases: Phases) -> Built:
@@ -135,7 +138,9 @@ def _find_kernels(folder: Path) -> None:
 def _load(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
+    adapters = Adapters(config.adapters) if config.adapters else None
     needed, available = weight_bytes(model_config, dtype), available_memory(device)
+    needed += adapters.nbytes if adapters else 0
     if needed > available:
         raise ConfigError(
             f"{config.checkpoint}: its weights take {needed / 1e9:.1f} GB in "
@@ -149,8 +154,12 @@ def _load(
     else:
         weights = CheckpointWeights(folder, dtype, device)
     positions = config.max_context or model_config.max_position
-    model = ARCHITECTURES[model_config.architecture].build(model_config, weights, positions)
+    family = ARCHITECTURES[model_config.architecture]
+    model = family.build(model_config, weights, positions, adapters)
     weights.close()
+    if adapters:
+        adapters.close()
+        log.info("%d adapters: %s", len(adapters.names), ", ".join(adapters.names))
     return model
 
 
@@ -163,7 +172,8 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     cache = KVCache(shape, dtype, device)
     attention = ReferenceAttention(cache, model.config.attention)
     runner = Runner(model, attention, config.page_size, _last_tokens(config, device))
-    return Built(model.config, runner, shape.pages, _max_context(config, model.config, shape))
+    max_context = _max_context(config, model.config, shape)
+    return Built(model.config, runner, shape.pages, max_context, model.adapters)
 
 
 def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built:
@@ -205,7 +215,7 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     attention.log_what_runs()
     phases.end("graphs")
     runner = Runner(model, attention, config.page_size, last_tokens, graphs)
-    return Built(model.config, runner, shape.pages, max_context)
+    return Built(model.config, runner, shape.pages, max_context, model.adapters)
 
 
 def _last_tokens(config: EngineConfig, device: torch.device) -> torch.Tensor:

@@ -65,6 +65,7 @@ class Engine:
         built = build(config, phases or Phases())
         self.model_config = built.model_config
         self.max_context = built.max_context
+        self._adapters = {name: number for number, name in enumerate(built.adapters, 1)}
         self.pool = PrefixTree(PagePool(built.pages), config.page_size)
         self._runner = built.runner
         self.scheduler = Scheduler(
@@ -117,11 +118,20 @@ class Engine:
             raise BadRequest("guided decoding needs the checkpoint's tokenizer")
         # A checkpoint may name ends that its logits do not reach.
         reachable = frozenset(token for token in ending if token < self.model_config.vocab_size)
-        self._sequences[key] = Sequence(key, list(prompt), params, reachable)
+        adapter = self._adapter_of(params.lora_name)
+        self._sequences[key] = Sequence(key, list(prompt), params, reachable, adapter=adapter)
         if params.guide and self._guides is not None:
             self._compiling[key] = self._compiler.submit(self._guides.start, params.guide)
         else:
             self.scheduler.add(self._sequences[key])
+
+    def _adapter_of(self, name: str) -> int:
+        if not name:
+            return 0
+        if name not in self._adapters:
+            known = f"known are {', '.join(self._adapters)}" if self._adapters else "it has none"
+            raise BadRequest(f"lora_name={name!r} is no adapter of this model; {known}")
+        return self._adapters[name]
 
     def abort(self, key: SequenceKey) -> bool:
         """End a sequence and free its pages; false if there is no such sequence any more."""

@@ -35,12 +35,14 @@ class _Graph:
         self._attention = attention
         self._shared = shared
         # What is uploaded for a step, all of 8 bytes: tokens, the slots that those chosen after
-        # them go to, and the table of Draws. Padding's tokens go to the spare slot.
-        device = shared.logits.device
-        self._inputs = torch.zeros((7, sequences), dtype=torch.int64, device=device)
+        # them go to, the table of Draws, and their adapters if the model has any. Padding's tokens
+        # go to the spare slot.
+        device, rows = shared.logits.device, 8 if model.adapters else 7
+        self._inputs = torch.zeros((rows, sequences), dtype=torch.int64, device=device)
+        self._adapters = self._inputs[7] if model.adapters else None
         self._inputs[1] = self._spare = len(shared.last_tokens) - 1
         self._slots = TokenSlots(shared.last_tokens, self._inputs[1])
-        self._draws = Draws.of(self._inputs[2:].view(torch.float64))
+        self._draws = Draws.of(self._inputs[2:7].view(torch.float64))
         self._logits = shared.logits[:sequences]
         self._forward, self._drawn = self._capture(self._compute)
         self._forward.replay()  # logits to try the filters with
@@ -58,7 +60,8 @@ class _Graph:
         return graph, result
 
     def _compute(self) -> torch.Tensor:
-        hidden = self._model(self._inputs[0], self._shared.last_tokens, self._attention)
+        tokens, last_tokens = self._inputs[0], self._shared.last_tokens
+        hidden = self._model(tokens, last_tokens, self._attention, self._adapters)
         self._model.logits(hidden, self._logits)
         return self._choose(False)
 
@@ -66,13 +69,20 @@ class _Graph:
         return choose(self._logits, self._draws, self._slots, filtered, self._shared.scratch)
 
     def forward(
-        self, layout: StepLayout, tokens: Int64s, slots: Int64s, draws: torch.Tensor
+        self,
+        layout: StepLayout,
+        tokens: Int64s,
+        slots: Int64s,
+        draws: torch.Tensor,
+        adapters: Int64s | None,
     ) -> torch.Tensor:
         count = len(tokens)
         inputs = np.zeros(self._inputs.shape, dtype=np.int64)
         inputs[0, :count], inputs[1, :count] = tokens, slots
         inputs[1, count:] = self._spare
-        inputs[2:, :count] = draws.numpy().view(np.int64)
+        inputs[2:7, :count] = draws.numpy().view(np.int64)
+        if adapters is not None:
+            inputs[7, :count] = adapters
         upload_to(self._inputs, inputs)
         self._attention.plan(layout)
         self._forward.replay()
@@ -132,7 +142,12 @@ class DecodeGraphs:
         return sequences <= self._sizes[-1]
 
     def forward(
-        self, layout: StepLayout, tokens: Int64s, slots: Int64s, draws: torch.Tensor
+        self,
+        layout: StepLayout,
+        tokens: Int64s,
+        slots: Int64s,
+        draws: torch.Tensor,
+        adapters: Int64s | None,
     ) -> torch.Tensor:
         """The logits after one token of each sequence: (sequences, vocab), until the next step.
 
@@ -143,10 +158,11 @@ class DecodeGraphs:
             tokens: (sequences,), as ``embed`` takes them.
             slots: (sequences,).
             draws: (5, sequences), the table of ``Draws.of``.
+            adapters: (sequences,); None: no sequence has one.
         """
         size = self._sizes[bisect.bisect_left(self._sizes, len(tokens))]
         self._last = self._graphs[size]
-        return self._last.forward(layout, tokens, slots, draws)
+        return self._last.forward(layout, tokens, slots, draws, adapters)
 
     def choose(self, filtered: bool, sequences: int) -> torch.Tensor:
         """Tokens from the last step's logits: (sequences,), until the next step. Kept likewise.

@@ -84,7 +84,8 @@ def _run_largest_step(
     tokens = torch.zeros(count, dtype=torch.int64, device=device)
     last_tokens = torch.zeros(limits.sequences + 1, dtype=torch.int64, device=device)
     attention.plan(layout)
-    hidden = model(tokens, last_tokens, attention)
+    adapters = torch.zeros_like(tokens) if model.adapters else None
+    hidden = model(tokens, last_tokens, attention, adapters)
     logits = model.logits(hidden[: limits.sequences])
     rows = len(logits)
     half = torch.full((5, rows), 0.5, dtype=torch.float64, device=device)

@@ -3,6 +3,7 @@
 import bisect
 from typing import Any
 
+import numpy as np
 import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout, spare_layout
@@ -26,11 +27,13 @@ class _Pieces:
         attention: PieceAttention,
         tokens: torch.Tensor,
         last_tokens: torch.Tensor,
+        adapters: torch.Tensor | None,
         pool: Any,
         stream: Any,
     ) -> None:
         self._attention = attention
         self._tokens = tokens
+        self._adapters = adapters
         self._pool = pool
         self._graphs: list[torch.cuda.CUDAGraph] = []
         self._capturing = False
@@ -66,7 +69,7 @@ class _Pieces:
         return self._hidden[:count]
 
     def _compute(self, model: Decoder, last_tokens: torch.Tensor) -> torch.Tensor:
-        return model(self._tokens, last_tokens, self)
+        return model(self._tokens, last_tokens, self, self._adapters)
 
     def _begin(self) -> None:
         graph = torch.cuda.CUDAGraph()
@@ -94,6 +97,7 @@ class PieceGraphs:
         self._sizes = sizes
         self._attention = attention.for_pieces(sizes[-1], len(last_tokens))
         self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=last_tokens.device)
+        self._adapters = torch.zeros_like(self._tokens) if model.adapters else None
         pool = torch.cuda.graph_pool_handle()
         # One for all, since memory is reused on the stream that it was taken on.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -101,7 +105,8 @@ class PieceGraphs:
         def capture(size: int) -> _Pieces:
             self._attention.plan(spare_layout([size], page_size))
             tokens = self._tokens[:size]
-            return _Pieces(model, self._attention, tokens, last_tokens, pool, stream)
+            adapters = None if self._adapters is None else self._adapters[:size]
+            return _Pieces(model, self._attention, tokens, last_tokens, adapters, pool, stream)
 
         self._pieces, self.nbytes = capture_each(
             sizes, "graphs of all but attention by tokens", capture
@@ -110,14 +115,17 @@ class PieceGraphs:
     def fits(self, tokens: int) -> bool:
         return tokens <= self._sizes[-1]
 
-    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+    def forward(self, layout: StepLayout, tokens: Int64s, adapters: Int64s | None) -> torch.Tensor:
         """Hidden states of a step: (tokens, hidden), until the next one.
 
         Args:
             layout: of the step.
             tokens: (tokens,), as ``embed`` takes them.
+            adapters: (tokens,); None: no token has one.
         """
         count = len(tokens)
         self._attention.plan(layout)
         upload_to(self._tokens, tokens)
+        if self._adapters is not None:
+            upload_to(self._adapters, np.zeros_like(tokens) if adapters is None else adapters)
         return self._pieces[self._sizes[bisect.bisect_left(self._sizes, count)]].replay(count)

@@ -72,19 +72,20 @@ class Runner:
         """Have the chunks computed, and a token chosen for each that completes its sequence."""
         chunks = sorted(chunks, key=_turn)
         layout, tokens = self._lay_out(chunks)
+        adapters = self._adapters(chunks)
         sequences = [chunk.sequence for chunk in chunks if chunk.completes]
         if not sequences:
-            self._forward(layout, tokens)
+            self._forward(layout, tokens, adapters)
             return Launched([], {}, Download(torch.empty(0, dtype=torch.int64)), None)
         slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
         draws = self._slots.draws(sequences, slots)
         decoding = len(tokens) == len(chunks) == len(sequences)
         graphs = self._graphs.decode if decoding else None
         if graphs is not None and graphs.fits(len(chunks)):
-            logits = graphs.forward(layout, tokens, slots, draws)
+            logits = graphs.forward(layout, tokens, slots, draws, adapters)
         else:
             graphs = None
-            hidden = self._forward(layout, tokens)
+            hidden = self._forward(layout, tokens, adapters)
             completing = np.array([chunk.completes for chunk in chunks], dtype=bool)
             rows = (layout.query_starts[1:] - 1)[completing].astype(np.int64)
             logits = self._model.logits(hidden[upload(rows, self._device)])
@@ -106,15 +107,24 @@ class Runner:
             sampler.logprobs(logits, chosen, [one.params.logprobs for one in sequences]),
         )
 
-    def _forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+    def _forward(self, layout: StepLayout, tokens: Int64s, adapters: Int64s | None) -> torch.Tensor:
         """Hidden states of all the step's tokens: (tokens, hidden)."""
         graphs = self._graphs
         if graphs.tokens is not None and graphs.tokens.fits(layout):
-            return graphs.tokens.forward(layout, tokens)
+            return graphs.tokens.forward(layout, tokens, adapters)
         if graphs.pieces is not None and graphs.pieces.fits(len(tokens)):
-            return graphs.pieces.forward(layout, tokens)
+            return graphs.pieces.forward(layout, tokens, adapters)
         self._attention.plan(layout)
-        return self._model(upload(tokens, self._device), self._last_tokens, self._attention)
+        there = None if adapters is None else upload(adapters, self._device)
+        uploaded = upload(tokens, self._device)
+        return self._model(uploaded, self._last_tokens, self._attention, there)
+
+    def _adapters(self, chunks: list[Chunk]) -> Int64s | None:
+        """The adapter of each token; None if none has any."""
+        if not self._model.adapters or not any(chunk.sequence.adapter for chunk in chunks):
+            return None
+        each = np.array([chunk.sequence.adapter for chunk in chunks], dtype=np.int64)
+        return np.repeat(each, [chunk.count for chunk in chunks])
 
     def _lay_out(self, chunks: list[Chunk]) -> tuple[StepLayout, Int64s]:
         """The step's layout and its tokens, (tokens,) int64, as ``embed`` takes them."""

@@ -108,7 +108,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence pages for all its tokens and a slot; false if there are none."""
-        nodes = self._tree.match(sequence.tokens)
+        nodes = self._tree.match(sequence.tokens, sequence.adapter)
         needed = self._pages_for(len(sequence.tokens)) - len(nodes)
         if needed > self._tree.free:
             self._tree.release(nodes)
@@ -132,8 +132,9 @@ class Scheduler:
         """Put the full pages of the first ``tokens`` into the tree, up to one that is there."""
         nodes = sequence.nodes
         for index in range(len(nodes), tokens // self._page_size):
-            node = self._tree.add(nodes, sequence.tokens, sequence.pages[index])
-            if node.page != sequence.pages[index]:
+            page = sequence.pages[index]
+            node = self._tree.add(nodes, sequence.tokens, page, sequence.adapter)
+            if node.page != page:
                 # Computed twice at once. It goes on with its own: others read the other one.
                 self._tree.release([node])
                 return

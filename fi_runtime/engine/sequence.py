@@ -20,6 +20,8 @@ class Sequence:
     """tokens that end it"""
     guide: Guide | None = None
     """what its text has to match, as far as it has come"""
+    adapter: int = 0
+    """the number of the one that it is computed with; 0: none"""
     slot: int = -1
     """its place among those that run; -1 while it waits"""
     pages: list[int] = field(default_factory=list)

@@ -26,15 +26,16 @@ class _Pass:
         attention: GraphDecodeAttention,
         tokens: torch.Tensor,
         last_tokens: torch.Tensor,
+        adapters: torch.Tensor | None,
         pool: Any,
     ) -> None:
         self._attention = attention
         # Once outside, so that kernels are loaded and libraries have their workspaces.
-        model(tokens, last_tokens, attention)
+        model(tokens, last_tokens, attention, adapters)
         torch.cuda.synchronize()
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
-            self._hidden = model(tokens, last_tokens, attention)
+            self._hidden = model(tokens, last_tokens, attention, adapters)
 
     def replay(self, layout: StepLayout) -> torch.Tensor:
         self._attention.plan(layout)
@@ -66,11 +67,13 @@ class TokenGraphs:
         self._sizes = sizes
         self._page_size = page_size
         self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=last_tokens.device)
+        self._adapters = torch.zeros_like(self._tokens) if model.adapters else None
         pool = torch.cuda.graph_pool_handle()
 
         def capture(size: int) -> _Pass:
             tokens = self._tokens[:size]
-            return _Pass(model, attention.for_graph(size), tokens, last_tokens, pool)
+            adapters = None if self._adapters is None else self._adapters[:size]
+            return _Pass(model, attention.for_graph(size), tokens, last_tokens, adapters, pool)
 
         self._passes, self.nbytes = capture_each(
             sizes, "steps with short prompts by tokens", capture
@@ -85,14 +88,17 @@ class TokenGraphs:
             and int(contexts[counts > 1].sum()) <= APART_CONTEXT
         )
 
-    def forward(self, layout: StepLayout, tokens: Int64s) -> torch.Tensor:
+    def forward(self, layout: StepLayout, tokens: Int64s, adapters: Int64s | None) -> torch.Tensor:
         """Hidden states of a step: (tokens, hidden), until the next one.
 
         Args:
             layout: of the step.
             tokens: (tokens,), as ``embed`` takes them.
+            adapters: (tokens,); None: no token has one.
         """
         count = len(tokens)
         upload_to(self._tokens, tokens)
+        if self._adapters is not None:
+            upload_to(self._adapters, np.zeros_like(tokens) if adapters is None else adapters)
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         return self._passes[size].replay(layout.apart(self._page_size))[:count]

@@ -45,6 +45,8 @@ class Knobs(msgspec.Struct, kw_only=True):
     end_id: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
     """-1: no token ends the answer"""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    lora_name: str = ""
+    """of an adapter, which the engine knows"""
     structured_outputs: Any = None
     guided_decoding: Any = None
     """an older name of the same"""
@@ -68,6 +70,7 @@ NEUTRAL: dict[str, object] = {
     "detokenize": True,
     "truncate_prompt_tokens": None,
     "logits_processors": None,
+    "lora_task_id": None,
 }
 
 

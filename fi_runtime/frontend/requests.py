@@ -166,6 +166,7 @@ def _params(knobs: Knobs, flags: Flags, tokenizer: Tokenizer, room: int) -> Samp
         end_ids=_end_ids(knobs.end_id),
         ignore_eos=knobs.ignore_eos,
         logprobs=0 if knobs.logprobs is None and needs_logprobs else knobs.logprobs,
+        lora_name=knobs.lora_name,
     )
 
 

@@ -9,11 +9,13 @@ from fi_runtime.attention.base import Attention
 from fi_runtime.kernels.activation import GATED_ACTIVATIONS
 from fi_runtime.kernels.embedding import embed
 from fi_runtime.kernels.heads import Heads
+from fi_runtime.layers.adapted import AdaptedLinear
 from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.mlp import GatedMLP
 from fi_runtime.layers.norm import OffsetRMSNorm, RMSNorm
 from fi_runtime.layers.residual import ResidualStream
 from fi_runtime.layers.self_attention import SelfAttention
+from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.config import ModelConfig
 from fi_runtime.models.rope import Rope
 from fi_runtime.models.weights import Weights
@@ -38,9 +40,17 @@ class Decoder:
     blocks: list[Block]
     norm: RMSNorm
     head: Linear
+    adapters: tuple[str, ...] = ()
+    """their names; a token's adapter is a number, counted from 1, and 0 if it has none"""
+    ranks: torch.Tensor | None = None
+    """(ranks,), int64: the adapter of each rank in the projections"""
 
     def __call__(
-        self, tokens: torch.Tensor, last_tokens: torch.Tensor, attention: Attention
+        self,
+        tokens: torch.Tensor,
+        last_tokens: torch.Tensor,
+        attention: Attention,
+        adapters: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Hidden states: (tokens, hidden).
 
@@ -48,12 +58,16 @@ class Decoder:
             tokens: (tokens,) int64, those that ``attention`` is planned for, as ``embed`` takes
                 them.
             last_tokens: (slots,), int64.
+            adapters: (tokens,) int64, each one's; None: none has any.
         """
         x = embed(tokens, last_tokens, self.embedding)
         if self.config.embedding_scale != 1.0:
             # Rounded first, as transformers does it.
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
-        residual = ResidualStream(x)
+        others = None
+        if adapters is not None and self.ranks is not None:
+            others = adapters.unsqueeze(1) != self.ranks
+        residual = ResidualStream(x, others)
         for block in self.blocks:
             block.attention(residual, attention)
             block.mlp(residual)
@@ -75,15 +89,23 @@ class DecoderBuilder:
         config: what the tensors' shapes are expected from.
         weights: where they are taken from.
         max_position: positions that the decoder is made for.
+        adapters: that sequences may choose from.
     """
 
     norm_type: type[RMSNorm] = RMSNorm
     qk_norm = False
     """whether each head's queries and keys are normalised before they turn"""
 
-    def __init__(self, config: ModelConfig, weights: Weights, max_position: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_position: int,
+        adapters: Adapters | None = None,
+    ) -> None:
         self.config = config
         self.weights = weights
+        self._adapters = adapters
         self.activation = GATED_ACTIVATIONS[config.activation]
         self.embedding = weights.take(
             "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
@@ -95,12 +117,15 @@ class DecoderBuilder:
         }
 
     def build(self) -> Decoder:
+        adapters = self._adapters
         return Decoder(
             config=self.config,
             embedding=self.embedding,
             blocks=[self.block(layer) for layer in range(self.config.layers)],
             norm=self.norm("model.norm"),
             head=self.head(),
+            adapters=adapters.names if adapters else (),
+            ranks=adapters.ranks.to(self.embedding.device) if adapters else None,
         )
 
     def head(self) -> Linear:
@@ -179,7 +204,11 @@ class DecoderBuilder:
         """One projection out of those named, their outputs one after another."""
         weight = [self.weights.take(f"{name}.weight", (n, inputs)) for name, n in outputs.items()]
         biases = [self.weights.take(f"{name}.bias", (n,)) for name, n in outputs.items() if bias]
-        return Linear(_join(weight), _join(biases) if bias else None)
+        joined, joined_bias = _join(weight), _join(biases) if bias else None
+        added = self._adapters.take(outputs, inputs, joined) if self._adapters else None
+        if added is None:
+            return Linear(joined, joined_bias)
+        return AdaptedLinear(joined, joined_bias, added.a, added.b)
 
     def _head_norm(self, name: str) -> torch.Tensor | None:
         if not self.qk_norm:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.config import ModelConfig, read_common
 from fi_runtime.models.decoder import Decoder, DecoderBuilder
 from fi_runtime.models.weights import Weights
@@ -18,6 +19,12 @@ class Family:
     """raises ConfigError for what cannot be served"""
     builder: type[DecoderBuilder] = DecoderBuilder
 
-    def build(self, config: ModelConfig, weights: Weights, max_position: int) -> Decoder:
-        """Take a decoder's tensors; ``max_position``: positions that it is made for."""
-        return self.builder(config, weights, max_position).build()
+    def build(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_position: int,
+        adapters: Adapters | None = None,
+    ) -> Decoder:
+        """Take a decoder's tensors, as ``DecoderBuilder`` says."""
+        return self.builder(config, weights, max_position, adapters).build()

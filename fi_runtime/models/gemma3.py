@@ -3,6 +3,7 @@
 import torch
 from transformers import PretrainedConfig
 
+from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.config import ModelConfig
 from fi_runtime.models.family import Family
 from fi_runtime.models.gemma import GemmaBuilder, read_gemma
@@ -33,8 +34,14 @@ class _TextWeights:
 
 
 class _TextBuilder(_Builder):
-    def __init__(self, config: ModelConfig, weights: Weights, max_position: int) -> None:
-        super().__init__(config, _TextWeights(weights), max_position)
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        max_position: int,
+        adapters: Adapters | None = None,
+    ) -> None:
+        super().__init__(config, _TextWeights(weights), max_position, adapters)
 
 
 def _read_text(found: PretrainedConfig) -> ModelConfig:

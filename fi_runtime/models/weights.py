@@ -51,7 +51,7 @@ class CheckpointWeights:
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         for file in _files(folder):
-            handle = _open(folder / file)
+            handle = open_safetensors(folder / file)
             self._files[file] = handle
             self._file_of.update(dict.fromkeys(handle.keys(), file))
         self._left = set(self._file_of)
@@ -220,7 +220,12 @@ def _files(folder: Path) -> list[str]:
     return files
 
 
-def _open(path: Path) -> Any:
+def open_safetensors(path: Path) -> Any:
+    """A safetensors file, mapped.
+
+    Raises:
+        ConfigError: it is not a whole one.
+    """
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
