@@ -7,10 +7,10 @@ one; for each model a real tritonserver: its start, perf_analyzer against both d
 default checkpoint the share of its tasks answered exactly; the transport alone; the engine offline
 against the same engine served; and the engine alone: how near each family's answers are to
 transformers', its peers' benchmarks, a mixture of experts, what its steps are made of, streams
-beside long prompts, and shared prefixes. Each part writes its results file and is run whatever
-became of those before it; the exit code is 1 if any failed. Parts: tests, doctor, attention,
-served, transport, serving, fidelity, offline, latency, moe, timeline, mixed, prefix; all where none
-is named.
+beside long prompts, shared prefixes, and adapters. Each part writes its results file and is run
+whatever became of those before it; the exit code is 1 if any failed. Parts: tests, doctor,
+attention, served, transport, serving, fidelity, offline, latency, moe, timeline, mixed, prefix,
+lora; all where none is named.
 """
 
 import functools
@@ -37,13 +37,14 @@ PROMPT = "The quick brown fox jumps over the lazy dog, and then it does so once 
 OUTPUT_TOKENS = 64
 GPU_TESTS = (
     "tests/test_gpu.py",
+    "tests/test_gpu_adapters.py",
     "tests/test_gpu_families.py",
     "tests/test_gpu_timing.py",
     "tests/test_guides.py",
 )
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
-ALONE = ("fidelity", "offline", "latency", "moe", "timeline", "mixed", "prefix")
+ALONE = ("fidelity", "offline", "latency", "moe", "timeline", "mixed", "prefix", "lora")
 """of the engine, without a server"""
 
 console = Console(width=140)

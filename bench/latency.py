@@ -7,9 +7,11 @@ tokens between. 512 new tokens at batch 1, 256 at others; nothing of a prompt is
 before. Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
 
+import itertools
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,11 +34,16 @@ def new_tokens(batch: int) -> int:
     return 512 if batch == 1 else 256
 
 
-def seconds_of(engine: Engine, batch: int, context: int, tokens: int) -> float:
-    """Of so many new tokens after each prompt."""
+def seconds_of(
+    engine: Engine, batch: int, context: int, tokens: int, adapters: Sequence[str] = ()
+) -> float:
+    """Of so many new tokens after each prompt, whose sequences take turns with the adapters."""
     rng = random.Random(batch)
     prompts = [[rng.randint(0, 10_000) for _ in range(context)] for _ in range(batch)]
-    params = SamplingParams(max_tokens=tokens, temperature=0.0, seed=0, ignore_eos=True)
+    params = [
+        SamplingParams(max_tokens=tokens, temperature=0.0, seed=0, ignore_eos=True, lora_name=name)
+        for name, _ in zip(itertools.cycle(adapters or [""]), prompts, strict=False)
+    ]
     engine.pool.forget()
     begin = time.perf_counter()
     engine.generate(prompts, params)
@@ -44,18 +51,24 @@ def seconds_of(engine: Engine, batch: int, context: int, tokens: int) -> float:
 
 
 def point(
-    engine: Engine, limits: Limits, batch: int, context: int, touched: float | None = None
+    engine: Engine,
+    limits: Limits,
+    batch: int,
+    context: int,
+    touched: float | None = None,
+    adapters: Sequence[str] = (),
 ) -> dict[str, Any]:
     """batch, context, tpot_ms, limit_ms: the latter in the middle of the answers.
 
     Args:
         touched: as ``Limits.decode_s`` takes it.
+        adapters: that the sequences take turns with.
     """
     tokens = new_tokens(batch)
     for count in (1, tokens):
-        seconds_of(engine, batch, context, count)  # to warm up
-    first = min(seconds_of(engine, batch, context, 1) for _ in range(3))
-    whole = seconds_of(engine, batch, context, tokens)
+        seconds_of(engine, batch, context, count, adapters)  # to warm up
+    first = min(seconds_of(engine, batch, context, 1, adapters) for _ in range(3))
+    whole = seconds_of(engine, batch, context, tokens, adapters)
     limit_s = limits.decode_s([context + tokens // 2] * batch, touched)
     return {
         "batch": batch,

@@ -78,11 +78,14 @@ def bytes_per_s() -> float:
 
 
 def engine_of(
-    model: str, kernels: Path | None, folder: Path, **knobs: int
+    model: str, kernels: Path | None, folder: Path, **knobs: object
 ) -> tuple[Engine, Limits]:
     """A model's engine on the GPU, as its process sets it up, and the model's limits there.
 
     Args:
+        model: of ``bench.shapes``.
+        kernels: folder that prebuild filled.
+        folder: where to write what the engine reads.
         knobs: of the engine, other than the defaults.
 
     Raises:

@@ -103,6 +103,10 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(help="End the answer before this text; may be given several times."),
 ]
+LoraName = Annotated[
+    str | None,
+    typer.Option("--lora", help="Answer with this adapter.", show_default="with none"),
+]
 Timeout = Annotated[
     float, typer.Option(min=0.001, help="Seconds for the whole answer.", show_default=True)
 ]
@@ -131,6 +135,7 @@ def generate(
     min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
+    lora: LoraName = None,
     echo: Annotated[bool, typer.Option("--echo", help="Repeat the prompt first.")] = False,
     as_json: Annotated[
         bool,
@@ -155,6 +160,7 @@ def generate(
             min_p=min_p,
             seed=seed,
             stop=read_stop(stop),
+            lora_name=lora,
             timeout_s=timeout,
         )
         answer = Answer()
@@ -212,6 +218,7 @@ def chat(
     min_p: MinP = None,
     seed: Seed = None,
     stop: Stop = None,
+    lora: LoraName = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Talk: one line a turn, all turns so far sent each time.
@@ -232,6 +239,7 @@ def chat(
             min_p=min_p,
             seed=seed,
             stop=read_stop(stop),
+            lora_name=lora,
             timeout_s=timeout,
         )
         interactive = sys.stdin.isatty() and sys.stdout.isatty()

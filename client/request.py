@@ -10,6 +10,19 @@ STREAMING_MODEL = "llm"
 UNARY_MODEL = "llm_unary"
 
 
+SAMPLING = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "seed",
+    "stop",
+    "lora_name",
+)
+"""what of a request is a sampling parameter"""
+
+
 class Message(TypedDict):
     """One turn of one side of a conversation."""
 
@@ -36,6 +49,8 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     """strings that end the answer and are no part of it"""
+    lora_name: str | None = None
+    """of the adapter to answer with"""
     timeout_s: float = DEFAULT_TIMEOUT_S
     """for the whole answer"""
     messages: tuple[Message, ...] = ()
@@ -48,8 +63,7 @@ class Request:
 
     def inputs(self) -> dict[str, str | bool]:
         """The model's inputs by name, one element each."""
-        names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop")
-        sampling = {name: value for name in names if (value := getattr(self, name)) is not None}
+        sampling = {name: value for name in SAMPLING if (value := getattr(self, name)) is not None}
         prompt = (
             {"messages": json.dumps(self.messages)}
             if self.messages

@@ -43,6 +43,7 @@ from fi_runtime.kernels.library import (
     use_prebuilt,
 )
 from fi_runtime.models import CheckpointWeights, ModelConfig, load_model_config
+from fi_runtime.models.adapters import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +119,7 @@ def examine(model_folder: Path) -> Report:
     checks += [
         Check("checkpoint", _describe(config, model, dtype)),
         _weights(config, weights),
+        *_adapters(config),
         _host_memory(0 if gpu else weights),
         _cache_room(config, model, dtype, weights),
         kernels,
@@ -278,6 +280,18 @@ def _weights(config: EngineConfig, nbytes: int) -> Check:
     files = Path(config.checkpoint).glob("*.safetensors")
     on_disk = sum(file.stat().st_size for file in files)
     return Check("weights", f"{value}, {_gib(on_disk)} on disk")
+
+
+def _adapters(config: EngineConfig) -> list[Check]:
+    """Whether they can be read; nothing where there are none."""
+    if not config.adapters:
+        return []
+    try:
+        adapters = Adapters(config.adapters)
+    except ConfigError as error:
+        return [Check("adapters", "cannot be read", "problem", str(error))]
+    value = f"{', '.join(adapters.names)}: {_gib(adapters.nbytes)} on disk"
+    return [Check("adapters", value)]
 
 
 def _host_memory(weights: int) -> Check:

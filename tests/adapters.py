@@ -94,7 +94,7 @@ def pairs(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, float
     """Of each projection that an adapter is for: its name, A, B, and what B A is multiplied by."""
     config = json.loads((folder / "adapter_config.json").read_text())
     rank = config["r"]
-    scale = config["lora_alpha"] / (math.sqrt(rank) if config["use_rslora"] else rank)
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     tensors = load_file(folder / "adapter_model.safetensors")
     for key, a in tensors.items():
         if key.endswith(".lora_A.weight"):

@@ -1,5 +1,6 @@
 """What the benchmarks are made of, without the machine that they are for."""
 
+import copy
 import json
 import random
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
 
-from bench import mixed, prefix
+from bench import lora, mixed, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
 from bench.families import write
@@ -25,6 +26,7 @@ from fi_runtime.engine.core import Engine
 from fi_runtime.engine.phases import Phases
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import load_model_config
+from tests.adapters import merge, pairs, projections
 from tests.conftest import write_twin
 
 PUBLISHED = {
@@ -201,3 +203,24 @@ def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
     shared = prefix.measure_engine(engine, shared=160)
     assert engine.stats().reused_tokens == prefix.REQUESTS * 160
     assert 0 < shared["ttft_cached_ms_p50"] < shared["ttft_uncached_ms_p50"]
+
+
+def test_adapters_to_measure_with_add_to_all_projections(
+    twin: tuple[Path, PreTrainedModel], tmp_path: Path
+) -> None:
+    folder, model = twin
+    shape = load_model_config(folder)
+    adapter = lora.write_adapter(tmp_path / "a", shape, rank=3, seed=0)
+    merged = merge(copy.deepcopy(model), adapter)
+    names = {name for name, _ in projections(model, "")}
+    assert {name for name, *_ in pairs(adapter)} == names
+    engine = Engine(
+        EngineConfig(checkpoint=str(folder), cache_tokens=640, adapters={"a": str(adapter)})
+    )
+    params = SamplingParams(max_tokens=1, temperature=0.0, seed=0, logprobs=0, lora_name="a")
+    result = engine.generate([[5, 6, 7]], params)[0]
+    with torch.inference_mode():
+        right = merged(torch.tensor([[5, 6, 7]])).logits[0, -1].log_softmax(-1).max().item()
+        without = model(torch.tensor([[5, 6, 7]])).logits[0, -1].log_softmax(-1).max().item()
+    assert result.logprobs == pytest.approx([right], abs=1e-4)
+    assert abs(right - without) > 1e-3

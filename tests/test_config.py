@@ -38,6 +38,9 @@ def test_values_are_read_from_strings() -> None:
         ({"checkpoint": "a", "page_size": "0"}, ["page_size='0'", ">= 1"]),
         ({"checkpoint": "a", "page_size": "many"}, ["page_size='many'", "int"]),
         ({"checkpoint": "a", "dtype": "int4"}, ["dtype='int4'"]),
+        ({"checkpoint": "a", "adapters": "sql"}, ["adapters='sql'", "JSON"]),
+        ({"checkpoint": "a", "adapters": '{"": "sql"}'}, ["adapters=", ">= 1"]),
+        ({"checkpoint": "a", "adapters": '{"sql": 1}'}, ["adapters=", "str"]),
         (
             {"checkpoint": "a", "step_tokens": "8", "max_sequences": "9"},
             ["step_tokens=8", "max_sequences=9"],
@@ -84,6 +87,12 @@ def test_what_depends_on_the_device_is_put_in_where_nothing_was_said() -> None:
     )
     told = engine_config({"checkpoint": "a", "max_sequences": "7"}, Path("/m"), "cuda")
     assert told.max_sequences == 7
+
+
+def test_adapters_are_named_in_an_object_of_their_folders() -> None:
+    given = '{"sql": "adapters/sql", "chat": "/else/where"}'
+    found = engine_config({"checkpoint": "a", "adapters": given}, Path("/models/llm")).adapters
+    assert found == {"sql": "/models/llm/adapters/sql", "chat": "/else/where"}
 
 
 def test_the_device_is_the_instance_groups_to_say() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from fi_runtime import doctor
 from fi_runtime.doctor import Check, DecodeRow, Report, examine, print_report, report_json
 from fi_runtime.kernels.library import MANIFEST
+from tests.adapters import CONFIG, write_files
 from tools.serve import ROOT
 
 MODEL = ROOT / "model_repository" / "llm"
@@ -183,3 +184,17 @@ def test_timed_decode_is_shown_beside_what_cannot_run() -> None:
     assert lines[-1] == "auto cannot run: no [compiler]"
     assert any("3000 GB/s" in line for line in lines)
     assert any("a [GPU]" in line for line in lines)
+
+
+def test_adapters_are_looked_at_where_there_are_any(tmp_path: Path) -> None:
+    adapter = write_files(tmp_path / "sql", CONFIG, {})
+    folder = model_folder(tmp_path / "llm", str(MODEL / "demo_checkpoint"))
+    with (folder / "config.pbtxt").open("a") as file:
+        # As the documentation writes it.
+        value = f"""'{{"sql": "{adapter}"}}'"""
+        file.write(f'parameters {{ key: "adapters" value {{ string_value: {value} }} }}\n')
+    assert check(examine(folder), "adapters").value == "sql: 0.00 GiB on disk"
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    found = check(examine(folder), "adapters")
+    assert found.verdict == "problem"
+    assert f"{adapter}/adapter_config.json: peft_type is 'LOHA'" in found.advice
