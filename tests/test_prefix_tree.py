@@ -25,6 +25,8 @@ STEPS = 700
 class Simulation:
     """Sequences of three tokens that begin alike, in a cache that remembers what it was written.
 
+    Half of them have an adapter, of two, and what they write is their own.
+
     Each has a script of what it will have said, as far as it may go, so that tokens which are not
     known yet can be computed, as an engine does that launches its steps ahead.
     """
@@ -42,14 +44,15 @@ class Simulation:
         self._beginnings = [rng.choices(range(3), k=30) for _ in range(3)]
         self._scripts: list[list[int]] = []
         self._written: dict[tuple[int, int], tuple[int, ...]] = {}
-        """by page and place in it: the tokens up to the one that was written there"""
+        """by page and place in it: the adapter, and the tokens up to the one written there"""
         self._launched: list[Sequence] = []
 
     def arrive(self) -> None:
         prompt = self._rng.choice(self._beginnings)[: self._rng.randint(1, 30)]
         prompt = prompt + self._rng.choices(range(3), k=self._rng.randint(0, 10))
         params = SamplingParams(max_tokens=self._rng.randint(1, 17), seed=0)
-        one = Sequence((b"", len(self._scripts)), list(prompt), params)
+        adapter = self._rng.choice((0, 0, 1, 2))
+        one = Sequence((b"", len(self._scripts)), list(prompt), params, adapter=adapter)
         self._scripts.append(prompt + self._rng.choices(range(3), k=params.max_tokens))
         self.live[one.key[1]] = one
         self.scheduler.add(one)
@@ -90,7 +93,7 @@ class Simulation:
 
     def _at(self, one: Sequence, position: int) -> tuple[tuple[int, int], tuple[int, ...]]:
         page = one.pages[position // self._page_size]
-        said = tuple(self._scripts[one.key[1]][: position + 1])
+        said = (one.adapter, *self._scripts[one.key[1]][: position + 1])
         return (page, position % self._page_size), said
 
 
