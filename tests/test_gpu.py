@@ -183,6 +183,8 @@ def test_embedding_of_tokens_that_the_host_does_not_know() -> None:
 def test_silu_and_mul(tokens: int) -> None:
     x = normal(tokens, 2 * 768)
     assert error(silu_and_mul(x), silu_and_mul_reference(x.float())) < 8e-3
+    wider = torch.cat((x, x[:, :64]), dim=1)
+    assert error(silu_and_mul(wider[:, :-64]), silu_and_mul_reference(x.float())) < 8e-3
 
 
 # Attention

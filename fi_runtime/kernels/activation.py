@@ -1,4 +1,4 @@
-"""Gated activations."""
+"""Gated activations. FlashInfer's kernels take rows that touch; others are for plain torch."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from fi_runtime.kernels.library import flashinfer
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, for (tokens, 2 * size) with the gate first: (tokens, size)."""
-    if gate_up.is_cuda:
+    if gate_up.is_cuda and gate_up.is_contiguous():
         out: torch.Tensor = flashinfer().activation.silu_and_mul(gate_up)
         return out
     return silu_and_mul_reference(gate_up)
@@ -23,7 +23,7 @@ def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
 
 def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * up likewise, with gelu's tanh approximation (Hendrycks and Gimpel, 2016)."""
-    if gate_up.is_cuda:
+    if gate_up.is_cuda and gate_up.is_contiguous():
         out: torch.Tensor = flashinfer().activation.gelu_tanh_and_mul(gate_up)
         return out
     gate, up = gate_up.chunk(2, dim=-1)

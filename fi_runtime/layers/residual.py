@@ -52,15 +52,13 @@ class ResidualStream:
         self, norm: RMSNorm, gate_up: Linear, activation: GatedActivation
     ) -> torch.Tensor:
         """The activation of linear(norm), gate first: (tokens, out / 2)."""
-        if isinstance(gate_up, AdaptedLinear):
-            # Activations know rows that touch.
-            return activation(self.project(norm, gate_up).contiguous())
         known = norm.in_projections and activation is silu_and_mul
+        known = known and not isinstance(gate_up, AdaptedLinear)
         if known and projection.is_few(self._x, gate_up.weight):
             return projection.norm_linear_silu_and_mul(
                 self.total, norm.weight, norm.eps, gate_up.weight, gate_up.bias
             )
-        return activation(gate_up(self.normed(norm)))
+        return activation(self.project(norm, gate_up))
 
     def add(self, x: torch.Tensor, linear: Linear, norm: RMSNorm | None = None) -> None:
         """Add linear(x), or its norm if there is one, of ``x``: (tokens, in)."""
