@@ -43,15 +43,17 @@ class Half:
     def __init__(self, device: str, norm_type: type[RMSNorm], bias: bool) -> None:
         self._device = device
         self._generator = torch.Generator().manual_seed(11)
-        self._norms = [norm_type(self.tensor(HIDDEN), 1e-5) for _ in range(3)]
+        # About 1 either way, or else what is added is too little to tell.
+        mean = 0.0 if norm_type is OffsetRMSNorm else 1.0
+        self._norms = [norm_type(self.tensor(HIDDEN, mean=mean), 1e-5) for _ in range(3)]
         self._qkv = self._linear([HIDDEN, 128, 128], HIDDEN, bias)
         self._gate_up = self._linear([INNER, INNER], HIDDEN, bias)
         self._down = self._linear([HIDDEN], INNER, bias)
         of_rank = torch.tensor([1] * 8 + [2] * 16 + [3] * 16 + [-1] * 8)
         self._of_rank = of_rank.to(device)
 
-    def tensor(self, *shape: int) -> torch.Tensor:
-        values = torch.randn(shape, generator=self._generator) * shape[-1] ** -0.5
+    def tensor(self, *shape: int, mean: float = 0.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=self._generator) * shape[-1] ** -0.5 + mean
         rounded = values.to(BF16).to(self._device)
         return rounded if rounded.is_cuda else rounded.float()
 

@@ -45,7 +45,7 @@ class Knobs(msgspec.Struct, kw_only=True):
     end_id: Annotated[int, Meta(ge=-1, le=MAX_INT32)] | None = None
     """-1: no token ends the answer"""
     logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    lora_name: str = ""
+    lora_name: Annotated[str, Meta(max_length=256)] = ""
     """of an adapter, which the engine knows"""
     structured_outputs: Any = None
     guided_decoding: Any = None
