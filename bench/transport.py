@@ -24,7 +24,7 @@ from tools.repository import STREAMED, copy_door
 from tools.serve import TritonServer
 
 STREAMS = 256
-TOKENS = 200
+TOKENS = 400
 """of each answer"""
 REQUESTS = 4 * STREAMS
 VOCABULARY = 1000

@@ -2,22 +2,21 @@
 
 import itertools
 import random
-from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import pytest
 import torch
-from transformers import PreTrainedModel
 
+from bench.families import GPU_SHAPE, GPU_SHAPES, write
+from bench.fidelity import config_of, forced_logprobs, reference
+from fi_runtime.engine.core import Engine
 from fi_runtime.kernels.activation import silu_and_mul
 from fi_runtime.layers.adapted import AdaptedLinear
 from fi_runtime.layers.norm import OffsetRMSNorm, RMSNorm
 from fi_runtime.layers.residual import ResidualStream
+from fi_runtime.messages import SamplingParams
 from tests.adapters import hook, merge, write_adapter
-from tests.test_families import gemma2, llama, phi3, qwen3, rope
-from tests.test_gpu import BF16, GREEDY, error, forced_logprobs, gpu_engine, transformers_model
-from tests.test_gpu_families import GEMMA, HEADS_OF_64, WIDE
+from tests.test_gpu import BF16, NO_GRAPHS, error
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,12 +24,6 @@ pytestmark = [
 ]
 
 HIDDEN, INNER, RANKS = 512, 768, 48
-MODELS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": lambda: llama(**HEADS_OF_64),
-    "qwen3": lambda: qwen3(**HEADS_OF_64),
-    "gemma 2": lambda: gemma2(**GEMMA, attn_logit_softcapping=20.0),
-    "phi-3": lambda: phi3(**WIDE, **rope("default", partial_rotary_factor=0.75)),
-}
 
 
 class Half:
@@ -115,18 +108,16 @@ def test_projections_are_those_of_the_cpu(rows: int, norm_type: type[RMSNorm], b
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama 2", "qwen3", "gemma 2", "phi-3"])
 def test_logprobs_are_as_near_as_transformers_own(name: str, graphs: bool, tmp_path: Path) -> None:
     """As near to those of merged weights in float32 as adding in bfloat16, as PEFT does, is.
 
     Several adapters and none in a batch that shrinks from 24 sequences, through the sizes that
     kernels for few rows are for, to one; prompts in chunks.
     """
-    torch.manual_seed(3)
     base = tmp_path / "base"
     # bfloat16 on disk: all that are compared then have the same weights.
-    model = MODELS[name]().bfloat16()
-    model.save_pretrained(base)
+    model = write(name, base, BF16, **GPU_SHAPE | GPU_SHAPES.get(name, {}))
     kinds = {"all": ("", 16), "some": ("(q|v|qkv|up)_proj", 5), "layers": (r"[02]\..*_proj", 8)}
     folders = {
         kind: write_adapter(
@@ -134,20 +125,20 @@ def test_logprobs_are_as_near_as_transformers_own(name: str, graphs: bool, tmp_p
         )
         for kind, (which, rank) in kinds.items()
     }
-    knobs: dict[str, object] = {} if graphs else {"decode_graphs": 0, "piece_graphs": 0}
+    knobs = {} if graphs else NO_GRAPHS
     adapters = {kind: str(folder) for kind, folder in folders.items()}
-    engine = gpu_engine(base, step_tokens=256, max_sequences=24, adapters=adapters, **knobs)
+    config = config_of(base, "cuda", max_sequences=24, adapters=adapters, **knobs)
     rng = random.Random(0)
     names = ["", *kinds] * 6
     prompts = [rng.choices(range(199), k=rng.choice((1, 7, 33, 100, 200))) for _ in names]
     params = [
-        msgspec.structs.replace(GREEDY, lora_name=kind, max_tokens=8 + 2 * number)
+        SamplingParams(max_tokens=8 + 2 * number, seed=number, logprobs=0, lora_name=kind)
         for number, kind in enumerate(names)
     ]
-    results = engine.generate(prompts, params)
+    results = Engine(config).generate(prompts, params)
     ours, theirs = [], []
     for kind in ("", *kinds):
-        wide, narrow = (transformers_model(base, dtype) for dtype in (torch.float32, BF16))
+        wide, narrow = (reference(config, dtype) for dtype in (torch.float32, BF16))
         if kind:
             wide, narrow = merge(wide, folders[kind]), hook(narrow, folders[kind])
         for other, prompt, result in zip(names, prompts, results, strict=True):
