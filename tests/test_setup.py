@@ -157,7 +157,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TritonSe
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(serve, "find_program", lambda name: str(program))
-    monkeypatch.setattr(serve, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(serve, "EXIT_TIMEOUT_SECONDS", 0)
+    monkeypatch.setattr(serve, "OVERTIME_SECONDS", 0.2)
     monkeypatch.setattr(shared_memory, "FOLDER", tmp_path)
     with contextlib.closing(Stopped(tmp_path, log=tmp_path / "log")) as stub:
         yield stub

@@ -29,7 +29,8 @@ from fi_runtime.run_folder import private_base
 ROOT = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's own
-STOP_SECONDS = 7.0  # for an orderly end; what is left then is killed, within 10 s of Ctrl-C
+EXIT_TIMEOUT_SECONDS = 5  # for an orderly end
+OVERTIME_SECONDS = 3.0  # after which what is left is killed, within 10 s of Ctrl-C
 POLL_SECONDS = 0.1
 RULE = "=" * 78
 # What the default checkpoint can answer.
@@ -81,7 +82,7 @@ class TritonServer:
         self.process: subprocess.Popen[bytes] | None = None
         self._env = {**os.environ, **(env or {}), "FI_RUNTIME_SERVER": self.mark}
         ports = ports or dict(zip(DEFAULT_PORTS, free_ports(len(DEFAULT_PORTS)), strict=True))
-        defaults = {"exit-on-error": "false", "exit-timeout-secs": str(int(STOP_SECONDS) - 3)}
+        defaults = {"exit-on-error": "false", "exit-timeout-secs": str(EXIT_TIMEOUT_SECONDS)}
         for name, port in ports.items():
             defaults |= {f"{name}-address": LOOPBACK, f"{name}-port": str(port)}
         defaults["model-repository"] = str(repository)
@@ -186,7 +187,8 @@ class TritonServer:
 
     def stop(self) -> int:
         """End the server and all that it started; leave nothing behind. Its exit code."""
-        end = time.monotonic() + STOP_SECONDS
+        exit_timeout_s = float(self.options["exit-timeout-secs"])
+        end = time.monotonic() + exit_timeout_s + OVERTIME_SECONDS
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
         while self.started():

@@ -3,7 +3,8 @@
 ``execute`` is called on Triton's thread and hands requests to the engine while it has credit;
 "tokens" takes what the engine says and hands it to the "replies" threads, which make it text and
 send the responses, each those of its own requests; "cancellation" asks Triton five times a second
-which clients have gone. When the engine dies, "tokens" gets another one.
+which clients have gone; "drain" asks it whether it goes on. When the engine dies, "tokens" gets
+another one.
 """
 
 import itertools
@@ -23,6 +24,7 @@ import triton_python_backend_utils as pb
 from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
+from fi_runtime.frontend.drain import Drain
 from fi_runtime.frontend.engine_link import POLL_S, EngineLink
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
@@ -83,6 +85,13 @@ class TritonPythonModel:
         self._decoupled = model_config["model_transaction_policy"]["decoupled"]
         self._batched = model_config["max_batch_size"] > 0
         self._inputs = [one["name"] for one in model_config["input"]]
+        instances = sum(
+            group["count"] * max(1, len(group.get("gpus", [])))
+            for group in model_config["instance_group"]
+        )
+        self._drain = Drain(
+            args["model_name"], self._decoupled, instances, self._server_pid, self._closing
+        )
         self._next_number = 0
         self._in_flight: dict[int, InFlight] = {}
         """by the number of each sample that is not complete"""
@@ -103,6 +112,7 @@ class TritonPythonModel:
         self._threads = [
             threading.Thread(target=self._receive, name="tokens", daemon=True),
             threading.Thread(target=self._watch, name="cancellation", daemon=True),
+            threading.Thread(target=self._drain.watch, name="drain", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -225,7 +235,7 @@ class TritonPythonModel:
         while (link := self._link).lost:
             if self._gave_up:
                 raise RequestError("UNAVAILABLE", self._gave_up)
-            _raise_if_cancelled(responder)
+            self._raise_if_over(responder)
             time.sleep(CANCELLATION_CHECK_S)
         return link
 
@@ -237,8 +247,22 @@ class TritonPythonModel:
         while not link.take_credit(CANCELLATION_CHECK_S):
             if link.lost:
                 return False
-            _raise_if_cancelled(responder)
+            self._raise_if_over(responder)
         return True
+
+    def _raise_if_over(self, responder: Responder) -> None:
+        """End a request that waits in vain."""
+        if responder.is_cancelled():
+            raise RequestError("CANCELLED", "the request was cancelled")
+        if self._drain.is_over:
+            raise self._ending()
+
+    def _ending(self) -> RequestError:
+        return RequestError(
+            "UNAVAILABLE",
+            "the server, or this model, is ending, and the request was not done within "
+            f"{self._drain.seconds:.1f} s; send it to another server",
+        )
 
     def _receive(self) -> None:
         """Hand on what one engine after another says, until the model is closed."""
@@ -421,6 +445,8 @@ class TritonPythonModel:
                 if link.lost:
                     reason = f"the engine died: {link.lost}; send the request again"
                     self._end(in_flight, RequestError("UNAVAILABLE", reason))
+                elif self._drain.is_over:
+                    self._end(in_flight, self._ending())
                 elif in_flight.responder.is_cancelled():
                     for number in in_flight.numbers:
                         link.send(encode(Abort(link.name, number)))
@@ -433,8 +459,3 @@ class TritonPythonModel:
 def _surprise(error: Exception) -> RequestError:
     """For one request's failure that nobody foresaw, which must not be the others'."""
     return RequestError("INTERNAL", f"the request failed: {error!r}; the server's log has more")
-
-
-def _raise_if_cancelled(responder: Responder) -> None:
-    if responder.is_cancelled():
-        raise RequestError("CANCELLED", "the request was cancelled")

@@ -1,0 +1,126 @@
+"""The end of a server, or of a model, as its front ends see it: how long requests may still take.
+
+Triton tells a Python model of its end only once every request has had its last response. So a front
+end asks: a request to its own model, with an input that the model does not have, is turned down
+before it reaches any queue, and what for says whether the model still serves.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb
+
+log = logging.getLogger(__name__)
+
+FIRST_ASK_S = 0.1
+ASK_S = 0.5
+"""between two questions, each a tenth of a millisecond's work; at first more often, so that no end
+is taken for a start"""
+EXITING = "Server not ready"
+UNLOADING = "is not ready"
+"""what a server says that takes no more requests, and of a model that takes none"""
+EXIT_TIMEOUT_S = 30.0
+"""tritonserver's own default"""
+UNLOAD_S = 1.0
+UNLOAD_INSTANCE_S = 1.3
+"""what the server takes to end a model, and each of its instances one after another"""
+OVERTIME_S = 1.5
+"""for a server to end once its exit timeout has passed"""
+
+
+class Drain:
+    """Watches for the end of a model, and of its server.
+
+    A thread of its own asks: all others may wait for a server that is stuck.
+
+    Args:
+        model: its name.
+        decoupled: whether it is.
+        instances: of the model.
+        server_pid: the parent of this process.
+        closing: set once there is nothing left to watch.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        decoupled: bool,
+        instances: int,
+        server_pid: int,
+        closing: threading.Event,
+    ) -> None:
+        self._model = model
+        self._decoupled = decoupled
+        self._server_pid = server_pid
+        self._closing = closing
+        self._exit_timeout_s = exit_timeout_s(server_pid)
+        needed_s = ASK_S + UNLOAD_S + UNLOAD_INSTANCE_S * instances
+        self.seconds = max(0.0, self._exit_timeout_s - needed_s)
+        """for requests to be done in, of the server's exit timeout"""
+        self._since: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether requests in flight have had their time."""
+        return self._since is not None and time.monotonic() - self._since >= self.seconds
+
+    def watch(self) -> None:
+        """Ask until the model is closed; see to it that its server ends in time."""
+        has_served = is_exiting = False
+        while not is_exiting and not self._closing.wait(ASK_S if has_served else FIRST_ASK_S):
+            answer = self._answer()
+            if EXITING not in answer and UNLOADING not in answer:
+                has_served = True
+            elif has_served:  # one that is only starting is not ready either
+                is_exiting = EXITING in answer
+                self._begin("server" if is_exiting else "model")
+        if not self._closing.wait(self._exit_timeout_s + OVERTIME_S):
+            self._kill_server()
+
+    def _begin(self, what: str) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            log.info("the %s is ending; requests in flight have %.1f s", what, self.seconds)
+
+    def _answer(self) -> str:
+        try:
+            question = pb.InferenceRequest(
+                model_name=self._model,
+                requested_output_names=["text_output"],
+                inputs=[pb.Tensor("is it ending?", np.zeros(1, dtype=np.int32))],
+            )
+            answer: Any = question.exec(decoupled=self._decoupled)
+            errors = [one.error() for one in (answer if self._decoupled else [answer])]
+            return " ".join(error.message() for error in errors if error is not None)
+        except Exception as error:  # as when there is no shared memory to be had
+            return repr(error)
+
+    def _kill_server(self) -> None:
+        """End a server that outlives its exit timeout, as one with an open gRPC stream does.
+
+        RACE: only while this process is its child is the number the server's.
+        """
+        if os.getppid() == self._server_pid:
+            log.error("the server outlives its exit timeout, and is killed")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._server_pid, signal.SIGKILL)
+
+
+def exit_timeout_s(server_pid: int) -> float:
+    """The option that tritonserver was started with."""
+    name, seconds = "--exit-timeout-secs", EXIT_TIMEOUT_S
+    with contextlib.suppress(OSError, ValueError):
+        command = Path(f"/proc/{server_pid}/cmdline").read_bytes().split(b"\0")
+        words = [os.fsdecode(word) for word in command]
+        for word, following in zip(words, [*words[1:], ""], strict=True):
+            key, equals, value = word.partition("=")
+            if key == name:
+                seconds = float(value if equals else following)
+    return seconds
