@@ -19,13 +19,48 @@ Config = TypeVar("Config", bound=msgspec.Struct)
 
 
 MAX_INT32 = (1 << 31) - 1
+MAX_N = 128
+"""answers to one prompt"""
+GUIDE_BYTES = 64 << 10
+"""of a guide, where nothing else is said"""
 
 
 class ConfigError(ValueError):
     """A knob, a checkpoint or a machine that cannot be served, with what to do about it."""
 
 
-class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request may ask for, whatever door of an engine it comes by."""
+
+    max_prompt_tokens: Annotated[
+        int, Meta(ge=0, description="of a prompt; 0: what the context has room for")
+    ] = 0
+    max_output_tokens: Annotated[
+        int,
+        Meta(ge=0, description="of each answer, more are cut; 0: what the context has room for"),
+    ] = 0
+    max_n: Annotated[int, Meta(ge=1, le=MAX_N, description="answers to one prompt")] = MAX_N
+    max_stop_strings: Annotated[
+        int, Meta(ge=0, le=1024, description="of a request, each is looked for at every token")
+    ] = 64
+    max_guide_bytes: Annotated[
+        int,
+        Meta(ge=0, le=1 << 20, description="of a schema, regex, grammar or list of choices"),
+    ] = GUIDE_BYTES
+    max_request_bytes: Annotated[
+        int, Meta(ge=1, description="of all its tensors and parameters together")
+    ] = 8 << 20
+    request_timeout_s: Annotated[
+        float,
+        Meta(
+            gt=0.0,
+            description="seconds from a front end to the last response; a request may ask for "
+            "less by Triton's own timeout",
+        ),
+    ] = 3600.0
+
+
+class EngineConfig(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine is started with. Token counts are in tokens, sizes of pages too.
 
     ``device`` is no knob: the kind of the model's instance group says it.

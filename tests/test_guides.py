@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from fi_runtime.config import GUIDE_BYTES
 from fi_runtime.engine.guides import DeadEnd, Guide, Guides, apply, mask_words
 from fi_runtime.frontend.errors import RequestError
-from fi_runtime.frontend.guides import MAX_GUIDE_BYTES, guide_of_tensorrt, guide_of_vllm
+from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
 from tests.serving import byte_tokenizer
 
 DEMO = Path(__file__).parent.parent / "model_repository/llm/demo_checkpoint/tokenizer.json"
@@ -289,9 +290,9 @@ def test_what_would_crash_or_hang_is_refused(given: dict[str, object]) -> None:
 
 
 def test_the_size_of_a_guide_is_limited_in_bytes() -> None:
-    assert guide_of_vllm({"regex": "[é]" + "a" * (MAX_GUIDE_BYTES - 4)})
-    _, message = refusal(guide_of_vllm, {"regex": "[é]" + "a" * (MAX_GUIDE_BYTES - 3)})
-    assert f"{MAX_GUIDE_BYTES + 1} bytes; at most {MAX_GUIDE_BYTES}" in message
+    assert guide_of_vllm({"regex": "[é]" + "a" * (GUIDE_BYTES - 4)})
+    _, message = refusal(guide_of_vllm, {"regex": "[é]" + "a" * (GUIDE_BYTES - 3)})
+    assert f"{GUIDE_BYTES + 1} bytes; at most {GUIDE_BYTES}" in message
 
 
 def test_front_ends_need_no_torch_for_guides() -> None:

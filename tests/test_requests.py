@@ -1,20 +1,22 @@
 """What a request may say, and what it hears when it says something else."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fi_runtime.config import ConfigError
+from fi_runtime.config import ConfigError, Limits
+from fi_runtime.frontend.deadline import Deadline
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.messages import EngineInfo
 from tests.test_text import BYTES
 
 INFO = EngineInfo(pid=1, vocab_size=256, max_context=100, tokenizer="")
-SERVED = Served.of(Path("nowhere"), BYTES, INFO)
+SERVED = Served.of(Path("nowhere"), BYTES, INFO, Limits())
 
 
 def tensor(value: Any) -> np.ndarray:
@@ -73,7 +75,7 @@ def test_sampling_parameters_come_before_tensors_before_the_requests_own() -> No
 
 def write_generation_config(folder: Path, **values: Any) -> Served:
     (folder / "generation_config.json").write_text(json.dumps(values))
-    return Served.of(folder, BYTES, INFO)
+    return Served.of(folder, BYTES, INFO, Limits())
 
 
 def test_what_a_request_leaves_out_is_the_checkpoints(tmp_path: Path) -> None:
@@ -109,7 +111,7 @@ def test_a_generation_config_that_cannot_be(
         write_generation_config(tmp_path, do_sample=True, **values)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read as a JSON obj"):
-        Served.of(tmp_path, BYTES, INFO)
+        Served.of(tmp_path, BYTES, INFO, Limits())
 
 
 def test_values_may_be_strings() -> None:
@@ -302,3 +304,78 @@ def test_each_answer_to_a_prompt_has_a_seed_of_its_own() -> None:
     assert seeds[0] == 5
     assert len(set(seeds)) == 3
     assert seeds == [p.seed for p in parse(text_input="a", sampling_parameters=json).samples]
+
+
+# Limits
+
+
+@pytest.mark.parametrize(
+    ("limits", "within", "beyond", "words"),
+    [
+        ({"max_prompt_tokens": 5}, {}, {"text_input": "123456"}, ["6 tokens", "at most 5"]),
+        ({"max_prompt_tokens": 5}, {}, {"text_input": "x" * 5000}, ["5000 bytes", "fit"]),
+        ({"max_n": 2}, {"n": 2}, {"n": 3}, ["n=3", "at most 2"]),
+        ({"max_stop_strings": 2}, {"stop": ["a", "b"]}, {"stop": ["a", "b", "c"]}, ["at most 2"]),
+        ({"max_stop_strings": 0}, {}, {"stop": "a"}, ["1 strings", "at most 0"]),
+        ({}, {"stop": "a" * 256}, {"stop": "a" * 257}, ["257 characters", "of 256 characters"]),
+        (
+            {"max_guide_bytes": 9},
+            {"structured_outputs": {"regex": "a{1}bcdef"}},
+            {"structured_outputs": {"regex": "a{1}bcdefg"}},
+            ["10 bytes", "at most 9"],
+        ),
+        (
+            {"max_guide_bytes": 8},
+            {"guided_decoding": {"choice": ["abcd"]}},
+            {"guided_decoding": {"choice": ["abcde"]}},
+            ["9 bytes", "at most 8"],
+        ),
+        ({"max_request_bytes": 40}, {}, {"text_input": "x" * 41}, ["bytes; at most 40"]),
+        ({"max_request_bytes": 40}, {}, {"input_ids": [1] * 11}, ["bytes; at most 40"]),
+    ],
+)
+def test_a_limit_holds_and_says_so(
+    limits: dict[str, Any], within: dict[str, Any], beyond: dict[str, Any], words: list[str]
+) -> None:
+    served = Served.of(Path("nowhere"), BYTES, INFO, Limits(**limits))
+
+    def ask(given: dict[str, Any]) -> Request:
+        names = {"text_input", "input_ids"}
+        inputs = {name: tensor(value) for name, value in given.items() if name in names}
+        knobs = {name: value for name, value in given.items() if name not in names}
+        if "input_ids" not in inputs:
+            inputs = {"text_input": tensor("12345"), **inputs}
+        if knobs:
+            inputs["sampling_parameters"] = tensor(json.dumps(knobs))
+        return parse_request(inputs, {}, served)
+
+    assert ask(within).prompt == BYTES.encode("12345").ids
+    with pytest.raises(RequestError) as caught:
+        ask(beyond)
+    assert caught.value.code == "INVALID_ARG"
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_answer_is_cut_to_what_may_be_asked_for() -> None:
+    served = Served.of(Path("nowhere"), BYTES, INFO, Limits(max_output_tokens=7))
+    inputs = {"text_input": tensor("a"), "max_tokens": tensor(50), "min_tokens": tensor(20)}
+    [params] = parse_request(inputs, {}, served).samples
+    assert (params.max_tokens, params.min_tokens) == (7, 7)
+
+
+def test_what_comes_as_parameters_counts_as_bytes_of_the_request() -> None:
+    served = Served.of(Path("nowhere"), BYTES, INFO, Limits(max_request_bytes=100))
+    with pytest.raises(RequestError, match="bytes; at most 100"):
+        parse_request({"text_input": tensor("a")}, {"unknown": "x" * 100}, served)
+
+
+def test_a_request_has_as_long_as_it_asks_for_and_no_longer_than_it_may() -> None:
+    now = time.monotonic()
+    assert Deadline.of(now, 60.0, 0).seconds == 60
+    assert Deadline.of(now, 60.0, 90_000_000).seconds == 60
+    assert Deadline.of(now, 60.0, 250_000).seconds == 0.25
+    assert Deadline.of(now, 60.0, 0).error is None
+    late = Deadline.of(now - 61, 60.0, 0).error
+    assert late is not None
+    assert (late.code, "not done within 60 s" in str(late)) == ("UNAVAILABLE", True)

@@ -12,9 +12,8 @@ from typing import Any
 
 import msgspec
 
+from fi_runtime.config import GUIDE_BYTES
 from fi_runtime.frontend.errors import RequestError, short
-
-MAX_GUIDE_BYTES = 64 << 10
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object")
 """vLLM's keys that hold a guide"""
@@ -34,28 +33,32 @@ WHITESPACE: dict[str, type] = {"disable_any_whitespace": bool, "whitespace_patte
 TENSORRT_KINDS = ("json", "json_schema", "regex", "ebnf_grammar")
 
 
-def guide_of_vllm(value: object, name: str = "structured_outputs") -> str | None:
+def guide_of_vllm(
+    value: object, name: str = "structured_outputs", most_bytes: int = GUIDE_BYTES
+) -> str | None:
     """The grammar that vLLM's ``structured_outputs`` or ``guided_decoding`` asks for, if any.
 
     Args:
         value: an object with one of ``KINDS``, or a string that holds one; null asks for nothing.
         name: what the client calls it.
+        most_bytes: of a guide.
 
     Raises:
         RequestError: says what was given, and what is wrong with it and where.
     """
     try:
-        return _guide_of_vllm(_object(value, name), name)
+        return _guide_of_vllm(_object(value, name), name, most_bytes)
     except RecursionError:
         raise _bad(name, "it is nested too deeply") from None
 
 
-def guide_of_tensorrt(kind: str, guide: str) -> str | None:
+def guide_of_tensorrt(kind: str, guide: str, most_bytes: int = GUIDE_BYTES) -> str | None:
     """The grammar that TensorRT-LLM's inputs ask for; None if both are empty.
 
     Args:
         kind: guided_decoding_guide_type, one of ``TENSORRT_KINDS``.
         guide: guided_decoding_guide; empty for json, which is any object or array.
+        most_bytes: of a guide.
 
     Raises:
         RequestError: says what was given, and what is wrong with it and where.
@@ -74,6 +77,7 @@ def guide_of_tensorrt(kind: str, guide: str) -> str | None:
             f"{of} is {short(guide)}; "
             + ("leave it out, or say json_schema" if guide else "give one with this type"),
         )
+    _check_size(guide, of, most_bytes)
     if kind == "json":
         return _json('{"type": ["object", "array"]}', guide, of, {})
     if kind == "json_schema":
@@ -81,7 +85,7 @@ def guide_of_tensorrt(kind: str, guide: str) -> str | None:
     return _checked("regex" if kind == "regex" else "grammar", guide, guide, of)
 
 
-def _guide_of_vllm(given: dict[str, object], name: str) -> str | None:
+def _guide_of_vllm(given: dict[str, object], name: str, most_bytes: int) -> str | None:
     known = (*KINDS, *ASKS_FOR_NOTHING, *WHITESPACE)
     for key, one in given.items():
         if key not in known:
@@ -97,6 +101,8 @@ def _guide_of_vllm(given: dict[str, object], name: str) -> str | None:
         raise _bad(name, f"{' and '.join(kinds)} are given; give one")
     kind, guide = kinds[0], given[kinds[0]]
     of = f"{name}: {kind}"
+    for text in (guide, given.get("whitespace_pattern", "")):
+        _check_size(text if isinstance(text, str) else json.dumps(text), of, most_bytes)
     if kind == "json":
         text = guide if isinstance(guide, str) else json.dumps(_is(guide, dict[str, object], of))
         return _json(text, guide, of, _whitespace(given, name))
@@ -122,7 +128,6 @@ def _object(value: object, name: str) -> dict[str, object]:
 
 
 def _json(text: str, given: object, of: str, options: dict[str, object]) -> str:
-    _check_size(text, of)
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -158,17 +163,16 @@ def _checked(
     kind: str, text: str, given: object, of: str, options: dict[str, object] | None = None
 ) -> str:
     """The serialised grammar, once the checker has compiled it."""
-    _check_size(text, of)
     grammar, reason = _checker.check({"kind": kind, "text": text, "options": options or {}})
     if reason:
         raise _bad(f"{of}={short(given)}", _readable(reason))
     return grammar
 
 
-def _check_size(text: str, of: str) -> None:
+def _check_size(text: str, of: str, most: int) -> None:
     size = len(text.encode(errors="surrogatepass"))
-    if size > MAX_GUIDE_BYTES:
-        raise _bad(of, f"the guide has {size} bytes; at most {MAX_GUIDE_BYTES} are taken")
+    if size > most:
+        raise _bad(of, f"the guide has {size} bytes; at most {most} are taken")
 
 
 def _is(value: object, expected: Any, of: str) -> Any:

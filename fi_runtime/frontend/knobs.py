@@ -8,13 +8,11 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from fi_runtime.config import ConfigError
+from fi_runtime.config import MAX_N, ConfigError
 from fi_runtime.frontend.errors import RequestError, short
 from fi_runtime.messages import MAX_INT32, MAX_LOGPROBS, TokenId
 
 MAX_SEED = (1 << 64) - 1
-MAX_N = 128
-"""answers to one prompt"""
 MAX_LIST = 1024
 """strings or tokens in one parameter, since each costs time at every token"""
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from fi_runtime.config import Limits
 from fi_runtime.frontend.chat import ChatTemplate, read_messages
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
@@ -43,6 +44,9 @@ LISTS = {"input_ids", "stop_words", "bad_words"}
 """Inputs of any length; all others hold one element."""
 
 
+MAX_STOP_CHARS = 256
+"""of a stop string: any of its beginnings may end the text, at every token"""
+
 PROMPTS = ("text_input", "input_ids", "messages")
 """Inputs of which a request gives one."""
 
@@ -53,14 +57,17 @@ class Served:
 
     tokenizer: Tokenizer
     info: EngineInfo
+    limits: Limits
     chat: ChatTemplate
     max_prompt_bytes: int
-    """of text, beyond which no prompt can fit the context, whatever its tokens"""
+    """of text, beyond which no prompt can be short enough, whatever its tokens"""
     defaults: Mapping[str, Any]
     """sampling parameters of requests that leave them out"""
 
     @classmethod
-    def of(cls, checkpoint: Path, tokenizer: Tokenizer, info: EngineInfo) -> "Served":
+    def of(
+        cls, checkpoint: Path, tokenizer: Tokenizer, info: EngineInfo, limits: Limits
+    ) -> "Served":
         """The checkpoint of that folder, whose tokenizer and engine are given.
 
         Raises:
@@ -70,8 +77,9 @@ class Served:
         return cls(
             tokenizer,
             info,
+            limits,
             ChatTemplate(checkpoint, tokenizer),
-            max_prompt_bytes=info.max_context * longest,
+            max_prompt_bytes=(limits.max_prompt_tokens or info.max_context) * longest,
             defaults=checkpoint_defaults(checkpoint),
         )
 
@@ -106,6 +114,8 @@ def parse_request(
     Raises:
         RequestError: says what was given and what is allowed.
     """
+    limits = served.limits
+    _check_size(tensors, parameters, limits.max_request_bytes)
     inputs = {name: _values(name, tensor) for name, tensor in tensors.items()}
     given = {**parameters, **inputs}
     if "sampling_parameters" in given:  # then no other parameter of the request counts
@@ -119,6 +129,11 @@ def parse_request(
         )
     knobs = read_knobs(inputs, parameters, served.defaults)
     prompt, text = _prompt(given, served)
+    most = limits.max_prompt_tokens
+    if 0 < most < len(prompt):
+        raise RequestError(
+            "INVALID_ARG", f"the prompt has {len(prompt)} tokens; at most {most} are taken"
+        )
     max_context = served.info.max_context
     room = max_context - len(prompt)
     if room < 1:
@@ -127,7 +142,12 @@ def parse_request(
             f"the prompt has {len(prompt)} tokens; at most {max_context - 1} leave room for "
             f"an answer in the context of {max_context}",
         )
-    params = _params(knobs, flags, served.tokenizer, room)
+    if limits.max_output_tokens:
+        room = min(room, limits.max_output_tokens)
+    if knobs.n > limits.max_n:
+        raise RequestError("INVALID_ARG", f"n={knobs.n}: at most {limits.max_n} answers are given")
+    stop = _stop_strings(knobs, limits.max_stop_strings)
+    params = _params(knobs, flags, served, room)
     echo = not (flags.stream or flags.exclude_input_in_output)
     return Request(
         prompt=prompt,
@@ -136,7 +156,7 @@ def parse_request(
             msgspec.structs.replace(params, seed=(params.seed + number * SEED_STEP) % SEEDS)
             for number in range(knobs.n)
         ],
-        stop=[stop for stop in as_list(knobs.stop) if stop],
+        stop=stop,
         include_stop=knobs.include_stop_str_in_output,
         skip_special_tokens=knobs.skip_special_tokens,
         flags=flags,
@@ -144,7 +164,31 @@ def parse_request(
     )
 
 
-def _params(knobs: Knobs, flags: Flags, tokenizer: Tokenizer, room: int) -> SamplingParams:
+def _check_size(
+    tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, object], most: int
+) -> None:
+    """Refuse what would only take time to read."""
+    size = sum(len(name) + len(str(value)) for name, value in parameters.items())
+    for tensor in tensors.values():
+        strings = tensor.dtype == np.object_
+        size += sum(map(len, tensor.reshape(-1))) if strings else tensor.nbytes
+    if size > most:
+        raise RequestError("INVALID_ARG", f"the request has {size} bytes; at most {most} are taken")
+
+
+def _stop_strings(knobs: Knobs, most: int) -> list[str]:
+    strings = [one for one in as_list(knobs.stop) if one]
+    longest = max(map(len, strings), default=0)
+    if len(strings) > most or longest > MAX_STOP_CHARS:
+        raise RequestError(
+            "INVALID_ARG",
+            f"stop has {len(strings)} strings, the longest of {longest} characters; at most "
+            f"{most} strings of {MAX_STOP_CHARS} characters are taken",
+        )
+    return strings
+
+
+def _params(knobs: Knobs, flags: Flags, served: Served, room: int) -> SamplingParams:
     """Sampling parameters as the engine takes them, for at most ``room`` tokens."""
     max_tokens = min(knobs.max_tokens, room)
     needs_logprobs = flags.return_cumulative_logprob or flags.return_log_probs
@@ -160,8 +204,8 @@ def _params(knobs: Knobs, flags: Flags, tokenizer: Tokenizer, room: int) -> Samp
         presence_penalty=knobs.presence_penalty,
         frequency_penalty=knobs.frequency_penalty,
         logit_bias=knobs.logit_bias,
-        guide=_guide(knobs),
-        bad_tokens=_bad_tokens(as_list(knobs.bad_words), tokenizer),
+        guide=_guide(knobs, served.limits.max_guide_bytes),
+        bad_tokens=_bad_tokens(as_list(knobs.bad_words), served.tokenizer),
         stop_token_ids=tuple(knobs.stop_token_ids),
         end_ids=_end_ids(knobs.end_id),
         ignore_eos=knobs.ignore_eos,
@@ -177,13 +221,15 @@ def _end_ids(end_id: int | None) -> tuple[int, ...] | None:
     return () if end_id == -1 else (end_id,)
 
 
-def _guide(knobs: Knobs) -> str:
+def _guide(knobs: Knobs, most_bytes: int) -> str:
     """What the answer has to match, in the form that the engine takes; empty for nothing."""
     guides = {
-        "structured_outputs": guide_of_vllm(knobs.structured_outputs),
-        "guided_decoding": guide_of_vllm(knobs.guided_decoding, "guided_decoding"),
+        "structured_outputs": guide_of_vllm(
+            knobs.structured_outputs, "structured_outputs", most_bytes
+        ),
+        "guided_decoding": guide_of_vllm(knobs.guided_decoding, "guided_decoding", most_bytes),
         "guided_decoding_guide": guide_of_tensorrt(
-            knobs.guided_decoding_guide_type, knobs.guided_decoding_guide
+            knobs.guided_decoding_guide_type, knobs.guided_decoding_guide, most_bytes
         ),
     }
     given = [name for name, guide in guides.items() if guide]
@@ -259,8 +305,8 @@ def _check_length(name: str, text: str, most: int) -> None:
     if size > most:
         raise RequestError(
             "INVALID_ARG",
-            f"{name} has {size} bytes; more than {most} do not fit the context, whatever "
-            "their tokens",
+            f"{name} has {size} bytes; more than {most} do not fit the context, or "
+            "max_prompt_tokens, whatever their tokens",
         )
 
 

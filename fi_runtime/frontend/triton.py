@@ -24,6 +24,7 @@ import triton_python_backend_utils as pb
 from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
+from fi_runtime.frontend.deadline import Deadline
 from fi_runtime.frontend.drain import Drain
 from fi_runtime.frontend.engine_link import POLL_S, EngineLink
 from fi_runtime.frontend.errors import RequestError
@@ -60,6 +61,7 @@ class InFlight:
     answer: Answer
     responder: Responder
     times: RequestTimes
+    deadline: Deadline
 
 
 class TritonPythonModel:
@@ -181,7 +183,7 @@ class TritonPythonModel:
         # A tokenizer.json may ask for either; both would change prompts behind their back.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._served = Served.of(Path(config.checkpoint), self._tokenizer, self._link.info)
+        self._served = Served.of(Path(config.checkpoint), self._tokenizer, self._link.info, config)
 
     def _submit(self, request: Any, responder: Responder) -> None:
         arrived = time.monotonic()
@@ -200,25 +202,28 @@ class TritonPythonModel:
             )
         numbers = range(self._next_number, self._next_number + len(parsed.samples))
         self._next_number = numbers.stop
+        deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
         times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
         answer = Answer(parsed, self._tokenizer, self._grouping)
         # A request that no engine has heard of is not hurt by an engine's death: it waits.
         has_credit = False
         while not has_credit:
-            link = self._await_engine(responder)
+            link = self._await_engine(responder, deadline)
             messages = [
                 encode(Generate(link.name, number, parsed.prompt, params))
                 for number, params in zip(numbers, parsed.samples, strict=True)
             ]
-            has_credit = self._await_credit(link, responder)
-        in_flight = InFlight(link, numbers, next(self._next_outbox), answer, responder, times)
+            has_credit = self._await_credit(link, responder, deadline)
+        in_flight = InFlight(
+            link, numbers, next(self._next_outbox), answer, responder, times, deadline
+        )
         # Before the engine hears of them, since its answers come on another thread.
         # RACE: the engine may be lost by now; "cancellation" then ends the request.
         self._in_flight |= dict.fromkeys(numbers, in_flight)
         for number, message in zip(numbers, messages, strict=True):
             if not has_credit:
                 try:
-                    if not self._await_credit(link, responder):
+                    if not self._await_credit(link, responder, deadline):
                         return
                 except RequestError as error:
                     self._end(in_flight, error)
@@ -230,16 +235,16 @@ class TritonPythonModel:
             if number not in self._in_flight:
                 link.send(encode(Abort(link.name, number)))
 
-    def _await_engine(self, responder: Responder) -> EngineLink:
+    def _await_engine(self, responder: Responder, deadline: Deadline) -> EngineLink:
         """Block until there is an engine."""
         while (link := self._link).lost:
             if self._gave_up:
                 raise RequestError("UNAVAILABLE", self._gave_up)
-            self._raise_if_over(responder)
+            self._raise_if_over(responder, deadline)
             time.sleep(CANCELLATION_CHECK_S)
         return link
 
-    def _await_credit(self, link: EngineLink, responder: Responder) -> bool:
+    def _await_credit(self, link: EngineLink, responder: Responder, deadline: Deadline) -> bool:
         """Block until the engine has room, which leaves all else to Triton's own queue.
 
         False if it is lost.
@@ -247,15 +252,17 @@ class TritonPythonModel:
         while not link.take_credit(CANCELLATION_CHECK_S):
             if link.lost:
                 return False
-            self._raise_if_over(responder)
+            self._raise_if_over(responder, deadline)
         return True
 
-    def _raise_if_over(self, responder: Responder) -> None:
+    def _raise_if_over(self, responder: Responder, deadline: Deadline) -> None:
         """End a request that waits in vain."""
         if responder.is_cancelled():
             raise RequestError("CANCELLED", "the request was cancelled")
         if self._drain.is_over:
             raise self._ending()
+        if (late := deadline.error) is not None:
+            raise late
 
     def _ending(self) -> RequestError:
         return RequestError(
@@ -447,6 +454,8 @@ class TritonPythonModel:
                     self._end(in_flight, RequestError("UNAVAILABLE", reason))
                 elif self._drain.is_over:
                     self._end(in_flight, self._ending())
+                elif (late := in_flight.deadline.error) is not None:
+                    self._end(in_flight, late)
                 elif in_flight.responder.is_cancelled():
                     for number in in_flight.numbers:
                         link.send(encode(Abort(link.name, number)))
