@@ -28,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills", type=int, default=10, help="how often the engine is killed under load"
     )
+    parser.addoption(
+        "--connects", type=int, default=2000, help="how often a client connects and leaves"
+    )
 
 
 _SHAPE = {

@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import json
 import queue
+import re
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ BATCH = 64
 CONTEXT = 4096
 HANG_S = 60
 """no answer of the tiny model takes as long, on however busy a machine"""
+AGAIN_S = 30.0
+"""for an engine to be there again, on however busy a machine"""
 
 KNOBS = {
     "cpu_threads": "1",
@@ -462,3 +466,33 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
 
     with ThreadPoolExecutor(len(calls)) as pool:
         return list(pool.map(run, calls))
+
+
+# What a server holds
+
+
+def metric(server: TritonServer, name: str) -> float:
+    """Of an engine's metric."""
+    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
+        text = response.read().decode()
+    [found] = re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)
+    return float(found)
+
+
+def is_free(server: TritonServer) -> bool:
+    """Whether the engine lives, has no sequence, and all its pages are free."""
+    held = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    return metric(server, "fi_runtime:engine_up") == 1 and not any(metric(server, n) for n in held)
+
+
+def assert_as_before(server: TritonServer, reference: Reference) -> None:
+    """That nothing is held in the engine, and that it has credits for a full workload."""
+    wait_until(lambda: is_free(server), AGAIN_S, "the engine is there and free")
+    with ThreadPoolExecutor(BATCH) as pool:
+        calls = [
+            pool.submit(stream, server, text_input=f"full {i}", max_tokens=24, temperature=0.0)
+            for i in range(BATCH)
+        ]
+        answers = [joined(call.result(HANG_S)) for call in calls]
+    assert answers == [reference.text(f"full {i}", 24) for i in range(BATCH)]
+    wait_until(lambda: is_free(server), 10, "the engine is free again")

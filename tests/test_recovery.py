@@ -3,13 +3,11 @@
 import contextlib
 import itertools
 import random
-import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,19 +23,22 @@ from fi_runtime.frontend.restarts import FIRST_PAUSE_S, MAX_PAUSE_S, Restarts
 from fi_runtime.run_folder import private_base
 from tests.hanging_engine import HANG
 from tests.serving import (
-    BATCH,
+    AGAIN_S,
     HANG_S,
     KNOBS,
     STREAMED,
     UNARY,
     Reference,
     Stream,
+    assert_as_before,
     command_of,
     engines,
     error_of,
     grpc_client,
     infer_grpc,
+    is_free,
     joined,
+    metric,
     processes,
     stream,
     stubs,
@@ -49,8 +50,6 @@ from tools.serve import ROOT, TritonServer
 
 ENDED_S = 1.0
 """for the requests of an engine that died to be told so"""
-AGAIN_S = 30.0
-"""for an engine to be there again, on however busy a machine"""
 LONG = {"max_tokens": 3500, "temperature": 0.0}
 CLIENTS = 12
 TOKENS = 24
@@ -67,33 +66,6 @@ def mortal(
     with TritonServer(repository, arguments, log=folder / "log") as running:
         running.wait_ready()
         yield running
-
-
-def value(server: TritonServer, name: str) -> float:
-    """Of an engine's metric."""
-    with urllib.request.urlopen(server.metrics_url, timeout=10) as response:
-        text = response.read().decode()
-    [found] = re.findall(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)
-    return float(found)
-
-
-def is_free(server: TritonServer) -> bool:
-    """Whether the engine lives, has no sequence, and all its pages are free."""
-    held = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
-    return value(server, "fi_runtime:engine_up") == 1 and not any(value(server, n) for n in held)
-
-
-def assert_as_before(server: TritonServer, reference: Reference) -> None:
-    """That nothing is held in the engine, and that it has credits for a full workload."""
-    wait_until(lambda: is_free(server), AGAIN_S, "the engine is there and free")
-    with ThreadPoolExecutor(BATCH) as pool:
-        calls = [
-            pool.submit(stream, server, text_input=f"full {i}", max_tokens=TOKENS, temperature=0.0)
-            for i in range(BATCH)
-        ]
-        answers = [joined(call.result(HANG_S)) for call in calls]
-    assert answers == [reference.text(f"full {i}", TOKENS) for i in range(BATCH)]
-    wait_until(lambda: is_free(server), 10, "the engine is free again")
 
 
 @dataclass(frozen=True)
@@ -191,7 +163,7 @@ def test_an_engine_killed_at_random_moments_under_load_is_started_again(
 ) -> None:
     assert_as_before(mortal, reference)
     before = Belongings.of(mortal)
-    starts = value(mortal, "fi_runtime:engine_starts_total")
+    starts = metric(mortal, "fi_runtime:engine_starts_total")
     kills = request.config.getoption("--kills")
     moments = random.Random(7)
     killed: list[float] = []
@@ -215,7 +187,7 @@ def test_an_engine_killed_at_random_moments_under_load_is_started_again(
     assert after.regions == before.regions
     assert after.folders == before.folders
     assert max(after.files) <= max(before.files) + 5, "no socket is left behind"
-    assert value(mortal, "fi_runtime:engine_starts_total") == starts + served
+    assert metric(mortal, "fi_runtime:engine_starts_total") == starts + served
     for process in stubs(mortal):
         assert [c for c in process.children() if c.status() == psutil.STATUS_ZOMBIE] == []
 
@@ -236,7 +208,7 @@ def test_an_engine_that_cannot_start_again_is_given_up(
         wait_until(lambda: is_free(server), 5, "its metrics are there")
         kill(server)
         # A request that comes before its death is noticed may be given to it.
-        wait_until(lambda: value(server, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
+        wait_until(lambda: metric(server, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
         # One that comes now waits, while there is hope.
         status, message = error_of(infer_grpc, server, text_input="waits")
         assert status == "StatusCode.UNAVAILABLE"
@@ -284,7 +256,7 @@ def test_a_front_end_that_is_killed_takes_only_its_own_requests(
     ):
         text = stays.next().text
         calls = [pool.submit(ask) for _ in range(8)]
-        wait_until(lambda: value(mortal, "vllm:num_requests_running") == 9, 3, "all run")
+        wait_until(lambda: metric(mortal, "vllm:num_requests_running") == 9, 3, "all run")
         for process in doomed:
             process.kill()
         assert text + joined(list(stays)) == reference.text("stays", 600)
