@@ -20,6 +20,12 @@ test: ## set up what is missing, then run the tests (ARGS: pytest's)
 	@$(setup) --extras test --perf
 	@exec $(python) -m pytest $(ARGS)
 
+.PHONY: faults
+faults: ## the fault tests in their long form: 100 kills of the engine, 20,000 connects (ARGS: pytest's)
+	@$(setup) --extras test --perf
+	@exec $(python) -m pytest tests/test_recovery.py tests/test_faults.py tests/test_shutdown.py \
+		--kills=100 --connects=20000 --timeout=1200 $(ARGS)
+
 .PHONY: lint
 lint: ## ruff and mypy
 	@$(setup) --extras test

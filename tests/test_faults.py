@@ -1,5 +1,6 @@
 """Faults around a server that runs on: nothing is lost or stuck, and all is as it was before."""
 
+import ast
 import contextlib
 import itertools
 import random
@@ -19,6 +20,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.serving import (
+    AGAIN_S,
     BATCH,
     HANG_S,
     KNOBS,
@@ -27,6 +29,7 @@ from tests.serving import (
     Reference,
     Stream,
     assert_as_before,
+    engines,
     error_of,
     grpc_client,
     infer_grpc,
@@ -226,7 +229,7 @@ def test_with_a_full_disk_for_its_log_a_server_serves(
     with TritonServer(repository, log=Path("/dev/full")) as server:
         server.wait_ready()
         assert "Expected" in error_of(infer_grpc, server, text_input="a", max_tokens=0)[1]
-        engine = next(p for p in processes(server) if "fi_runtime.engine.server" in p.cmdline())
+        [engine] = engines(server)
         engine.kill()
         wait_until(lambda: metric(server, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
         assert_as_before(server, reference)
@@ -305,3 +308,65 @@ def test_a_checkpoint_replaced_by_garbage_is_refused_and_mended(
             for door in (UNARY, STREAMED):
                 client.load_model(door)
         assert_as_before(server, reference)
+
+
+# Clocks
+
+
+WALL_CLOCK = {"time.time", "time.time_ns", "time.localtime", "datetime.now", "datetime.utcnow"}
+
+
+def test_no_code_of_a_server_asks_the_wall_clock() -> None:
+    """The front ends' half of the next test: they run inside Triton's own process."""
+    files = sorted((serve.ROOT / "fi_runtime").rglob("*.py"))
+    asked = [
+        f"{path.name}:{node.lineno}"
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in WALL_CLOCK
+    ]
+    assert len(files) > 50
+    assert asked == []
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to build a clock that jumps with")
+def test_an_engine_whose_clock_jumps_goes_on(
+    reference: Reference, served_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Days ahead and years back, under load, and while another engine is started."""
+    library, offset = tmp_path / "clock_jumps.so", tmp_path / "offset"
+    source = Path(__file__).with_name("clock_jumps.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    offset.write_bytes(bytes(8))
+
+    def jump(days: int) -> None:
+        with offset.open("r+b", buffering=0) as file:  # in place, since it is mapped
+            file.write(struct.pack("l", days * 86_400))
+
+    env = {"LD_PRELOAD": str(library), "CLOCK_OFFSET": str(offset)}
+    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS, instances=1)
+    prompts = [f"clock {i}" for i in range(4)]
+    expected = [reference.text(prompt, 600) for prompt in prompts]
+    with TritonServer(repository, log=tmp_path / "log", env=env) as server:
+        server.wait_ready()
+        [engine] = engines(server)
+        with contextlib.ExitStack() as stack:
+            opened = [
+                stack.enter_context(Stream(server, text_input=prompt, stream=True, **LONG))
+                for prompt in prompts
+            ]
+            texts = [one.next().text for one in opened]
+            for days in (3, -700, 30_000, 0, -1):
+                jump(days)
+                time.sleep(0.1)
+            answers = [text + joined(list(rest)) for text, rest in zip(texts, opened, strict=True)]
+        assert answers == expected
+        assert engines(server) == [engine], "nobody took it for one that hangs"
+        jump(30_000)
+        engine.kill()
+        wait_until(lambda: metric(server, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
+        wait_until(lambda: is_free(server), AGAIN_S, "another one is there")
+        jump(-30_000)
+        assert_as_before(server, reference)
+        there = time.gmtime(time.time() + 30_000 * 86_400).tm_year
+        assert f"{there}-" in (tmp_path / "log").read_text(), "its clock did jump"
