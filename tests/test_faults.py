@@ -79,14 +79,14 @@ def files(server: TritonServer) -> int:
 def test_a_storm_of_preemptions_loses_nothing(tight: TritonServer, reference: Reference) -> None:
     """More than fits, with prompts that have much in common, some cancelled on their way."""
     prompts = [f"the same beginning for every one of them, {i % 6}" for i in range(BATCH)]
-    expected = {prompt: reference.text(prompt, 250) for prompt in prompts}
+    expected = {prompt: reference.text(prompt, 150) for prompt in prompts}
     before = metric(tight, "vllm:num_preemptions_total")
     moments = random.Random(3)
     cancels = [moments.randrange(1, 40) if moments.random() < 0.3 else None for _ in prompts]
 
     def ask(prompt: str, leave_after: int | None) -> str | None:
         """The answer, or None where the client left before its end."""
-        inputs = {"text_input": prompt, "max_tokens": 250, "temperature": 0.0}
+        inputs = {"text_input": prompt, "max_tokens": 150, "temperature": 0.0}
         with Stream(tight, stream=True, **inputs) as opened:
             text = joined(list(itertools.islice(opened, leave_after)))
         return text if leave_after is None else None
@@ -222,17 +222,51 @@ def test_a_request_gets_no_longer_than_its_timeout(
 # Disks and memory
 
 
+@pytest.fixture(scope="module")
+def scratch(
+    reference: Reference, served_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """A server of a checkpoint of its own, ``checkpoint`` in its repository, that cannot log."""
+    repository = tmp_path_factory.mktemp("scratch")
+    shutil.copytree(served_checkpoint, repository / "llm" / "checkpoint")
+    write_repository(repository, Path("checkpoint"), KNOBS, instances=1)
+    with TritonServer(repository, EXPLICIT, log=Path("/dev/full")) as running:
+        running.wait_ready()
+        yield running
+
+
 def test_with_a_full_disk_for_its_log_a_server_serves(
-    reference: Reference, served_checkpoint: Path, tmp_path: Path
+    scratch: TritonServer, reference: Reference
 ) -> None:
-    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS, instances=1)
-    with TritonServer(repository, log=Path("/dev/full")) as server:
-        server.wait_ready()
-        assert "Expected" in error_of(infer_grpc, server, text_input="a", max_tokens=0)[1]
-        [engine] = engines(server)
-        engine.kill()
-        wait_until(lambda: metric(server, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
-        assert_as_before(server, reference)
+    assert "Expected" in error_of(infer_grpc, scratch, text_input="a", max_tokens=0)[1]
+    [engine] = engines(scratch)
+    engine.kill()
+    wait_until(lambda: metric(scratch, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
+    assert_as_before(scratch, reference)
+
+
+def test_a_checkpoint_replaced_by_garbage_is_refused_and_mended(
+    scratch: TritonServer, reference: Reference
+) -> None:
+    folder = Path(scratch.options["model-repository"]) / STREAMED / "checkpoint"
+    weights = folder / "model.safetensors"
+    good = weights.read_bytes()
+    with contextlib.closing(grpc_client(scratch)) as client:
+        # A new file: what is mapped into the running engine stays as it is.
+        weights.unlink()
+        weights.write_bytes(random.Random(1).randbytes(len(good)))
+        inputs = {"text_input": "on", "max_tokens": 9, "temperature": 0.0}
+        assert joined(stream(scratch, **inputs)) == reference.text("on", 9)
+        for door in (UNARY, STREAMED):
+            client.unload_model(door)
+        wait_until(lambda: scratch.started() == [scratch.pid], 15, "both doors have ended")
+        assert "model.safetensors" in error_of(client.load_model, UNARY)[1]
+        assert client.is_server_live()
+        assert scratch.started() == [scratch.pid], "nothing stays of what could not be loaded"
+        weights.write_bytes(good)
+        for door in (UNARY, STREAMED):
+            client.load_model(door)
+    assert_as_before(scratch, reference)
 
 
 SMALL_MEMORY = """#!/bin/sh
@@ -279,35 +313,6 @@ def test_a_full_dev_shm_fails_what_needs_it_and_nothing_after(
         filler.unlink()
         assert_as_before(server, reference)
         assert infer_grpc(server, **small).text == "small" + reference.text("small", 9)
-
-
-def test_a_checkpoint_replaced_by_garbage_is_refused_and_mended(
-    reference: Reference, served_checkpoint: Path, tmp_path: Path
-) -> None:
-    checkpoint = tmp_path / "checkpoint"
-    shutil.copytree(served_checkpoint, checkpoint)
-    weights = checkpoint / "model.safetensors"
-    good = weights.read_bytes()
-    repository = write_repository(tmp_path / "repository", checkpoint, KNOBS, instances=1)
-    with TritonServer(repository, EXPLICIT, log=tmp_path / "log") as server:
-        server.wait_ready()
-        with contextlib.closing(grpc_client(server)) as client:
-            # A new file: what is mapped into the running engine stays as it is.
-            weights.unlink()
-            weights.write_bytes(random.Random(1).randbytes(len(good)))
-            assert_as_before(server, reference)
-            for door in (UNARY, STREAMED):
-                client.unload_model(door)
-            wait_until(lambda: server.started() == [server.pid], 15, "both doors have ended")
-            for door in (STREAMED, UNARY):
-                status, message = error_of(client.load_model, door)
-                assert "model.safetensors" in message, status
-            assert client.is_server_live()
-            assert server.started() == [server.pid], "nothing stays of what could not be loaded"
-            weights.write_bytes(good)
-            for door in (UNARY, STREAMED):
-                client.load_model(door)
-        assert_as_before(server, reference)
 
 
 # Clocks

@@ -75,7 +75,7 @@ class Busy:
         """``whole``: calls for one answer each, to be made beside the streams."""
         self.server = server
         self._opened = [
-            Stream(server, text_input=f"long {i}", stream=True, **LONG) for i in range(24)
+            Stream(server, text_input=f"long {i}", stream=True, **LONG) for i in range(16)
         ]
         for one in self._opened:
             one.next()
