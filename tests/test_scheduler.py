@@ -114,16 +114,24 @@ def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
 
 
 def test_a_step_that_streams_wait_for_has_a_chunk_for_each_prompt_that_waits() -> None:
-    scheduler = Scheduler(PrefixTree(PagePool(1000), 16), 16, 8, step_tokens=500, chunk_tokens=30)
-    for one in (sequence(0, 2, 90), sequence(1, 600, 90)):
+    scheduler = Scheduler(PrefixTree(PagePool(1000), 16), 16, 8, step_tokens=500, chunk_tokens=100)
+    for one in (sequence(0, 2, 90), sequence(1, 1000, 90)):
         scheduler.add(one)
     # Nobody waits for the first step. Then one prompt is half done, then two more come.
-    # The longer its context, the fewer of a prompt's tokens a chunk has.
-    expected = [[2, 498], [1, 28], [1, 28], [1, 46, 41], [1, 1, 59], [1, 1, 59]]
+    # The longer its context, the fewer of a prompt's tokens a chunk has, but a tile is filled.
+    expected = [
+        [2, 498],
+        [1, 95],
+        [1, 95],
+        [1, 287],
+        [1, 25, 294],
+        [1, 1, 106, 116],
+        [1, 1, 1, 125],
+    ]
     for step, counts in enumerate(expected):
         if step == 3:
             for number in (2, 3):
-                scheduler.add(sequence(number, 200, 90))
+                scheduler.add(sequence(number, 400, 90))
         chunks = scheduler.schedule()
         assert [chunk.count for chunk in chunks] == counts
         compute(chunks, scheduler)

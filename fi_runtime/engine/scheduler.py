@@ -4,6 +4,8 @@ from collections import deque
 from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.engine.sequence import Chunk, Sequence
 
+TILE = 32
+"""tokens: what a step that is replayed is padded to, so that a chunk fills it"""
 WEIGHTY_CONTEXT = 10_240
 """tokens of context whose attention takes a prompt's token as long as all else does: what steps of
 the Llama-3.1-8B shape took on an H100, by tokens and context"""
@@ -31,7 +33,8 @@ class Scheduler:
     Args:
         step_tokens: that a step computes at most, as many as sequences at least.
         chunk_tokens: of prompts, for each one that waits, in a step beside decoding sequences; of
-            a prompt's beginning, and fewer the longer the context is that they attend to.
+            a prompt's beginning, and fewer the longer the context is that they attend to. As many
+            more as fill the step's last tile.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Scheduler:
             if length - sequence.num_cached == 1:
                 chunks.append(Chunk(sequence, 1, True))
             else:
-                count = min(length - sequence.num_cached, budget + 1, _affordable(sequence, effort))
+                count = _next_tokens(sequence, budget + 1, effort, len(chunks))
                 chunks.append(self._chunk(sequence, count))
                 budget -= count - 1
                 effort -= count * _weight(sequence)
@@ -92,7 +95,8 @@ class Scheduler:
                 break  # one that was set back is computed again once all its tokens are known
             self.waiting.popleft()
             self.running.append(sequence)
-            count = min(sequence.num_uncached, budget, _affordable(sequence, effort))
+            before = sum(chunk.count for chunk in chunks)
+            count = _next_tokens(sequence, budget, effort, before)
             chunks.append(self._chunk(sequence, count))
             budget -= count
             effort -= count * _weight(sequence)
@@ -170,9 +174,19 @@ class Scheduler:
         return -(-tokens // self._page_size)
 
 
-def _affordable(sequence: Sequence, effort: float) -> int:
-    """The next tokens of a prompt that are worth so many of its first ones; at least one."""
-    return max(1, int(min(effort / _weight(sequence), sequence.num_uncached)))
+def _next_tokens(sequence: Sequence, room: int, effort: float, before: int) -> int:
+    """How many of a prompt's next tokens a step computes; at least one.
+
+    Args:
+        room: for so many.
+        effort: that may be spent, in first tokens of a prompt.
+        before: tokens that the step has already.
+    """
+    most = min(sequence.num_uncached, room)
+    affordable = max(1, int(min(effort / _weight(sequence), most)))
+    if affordable == most:
+        return most
+    return min(most, -(-(before + affordable) // TILE) * TILE - before)
 
 
 def _weight(sequence: Sequence) -> float:

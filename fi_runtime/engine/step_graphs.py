@@ -8,6 +8,7 @@ from fi_runtime.attention.flashinfer import FlashInferAttention
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.decode_graphs import DecodeGraphs, padded_sizes
 from fi_runtime.engine.piece_graphs import PieceGraphs
+from fi_runtime.engine.scheduler import TILE
 from fi_runtime.engine.token_graphs import TokenGraphs
 from fi_runtime.models import Decoder
 
@@ -69,12 +70,12 @@ class StepGraphs:
 
 
 def padded_token_counts(most: int) -> list[int]:
-    """8, 16, 32, then multiples of 64, and the maximum itself."""
-    steps = [8, 16, 32, *range(64, most, 64)]
+    """8, 16, 32, then every second tile, and the maximum itself."""
+    steps = [8, 16, 32, *range(2 * TILE, most, 2 * TILE)]
     return [*(size for size in steps if size < most), most]
 
 
 def padded_piece_counts(most: int) -> list[int]:
-    """Multiples of 64 up to 512 and of 128 beyond, and the maximum itself; none if it is 0."""
-    steps = [*range(64, 512, 64), *range(512, most, 128)]
+    """Whole tiles up to 512 and every second beyond, and the maximum itself; none if it is 0."""
+    steps = [*range(TILE, 512, TILE), *range(512, most, 2 * TILE)]
     return [*(size for size in steps if size < most), most] if most else []
