@@ -43,6 +43,11 @@ bench: ## the serving benchmark
 	@$(setup) --perf
 	@exec $(python) -m bench.serving $(ARGS)
 
+.PHONY: soak
+soak: ## half an hour of mixed traffic with cancellations and faults (ARGS: --minutes 5, --out FILE)
+	@$(setup)
+	@exec $(python) -m bench.soak $(ARGS)
+
 .PHONY: accuracy
 accuracy: ## the share of the default checkpoint's tasks that a running server answers exactly
 	@$(setup)
@@ -61,6 +66,11 @@ setup: ## only set up (ARGS: --extras gpu test, --perf)
 lock: ## resolve pyproject.toml anew and write requirements.lock
 	@$(setup)
 	@$(setup) --lock
+
+.PHONY: audit
+audit: ## what is installed, against the versions and hashes of requirements.lock
+	@$(setup)
+	@exec $(python) -m tools.audit
 
 .PHONY: clean
 clean: ## remove all that was set up

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -18,7 +19,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from fi_runtime import shared_memory
-from tools import perf, serve, setup
+from tools import audit, perf, serve, setup
 from tools.serve import Model, ServerError, TritonServer
 
 # Set-up
@@ -110,14 +111,59 @@ def test_the_wrapper_prefers_the_containers_server_and_puts_our_python_first(
 
 
 def locked() -> dict[str, str]:
-    lines = setup.LOCK.read_text().splitlines()
-    pins = [line.partition("==") for line in lines if not line.startswith("#")]
-    return {name: version for name, _, version in pins}
+    return {name: version for name, (version, _) in setup.read_lock().items()}
 
 
-def test_the_lock_holds_exact_versions_and_nothing_else() -> None:
+def test_the_lock_holds_exact_versions_with_hashes_and_nothing_else() -> None:
+    pin = r"[a-z0-9-]+==[0-9][a-z0-9.]*( --hash=sha256:[0-9a-f]{64})+"
     for line in setup.LOCK.read_text().splitlines():
-        assert line.startswith("#") or re.fullmatch(r"[a-z0-9-]+==[0-9][a-z0-9.]*", line), line
+        assert line.startswith("#") or re.fullmatch(pin, line), line
+    for wheel in (setup.SERVER_WHEEL, setup.PERF_WHEEL):
+        assert re.fullmatch(pin, wheel)
+
+
+def report_of(name: str, version: str, sha256: str) -> dict[str, Any]:
+    """A package as pip's installation report has it."""
+    return {
+        "metadata": {"name": name, "version": version},
+        "download_info": {
+            "url": "https://index/file.whl",
+            "archive_info": {"hashes": {"sha256": sha256}},
+        },
+    }
+
+
+def test_a_package_with_another_hash_is_refused() -> None:
+    pins = {"one-two": ("1.0", {"a" * 64, "b" * 64})}
+    setup.check_hash(report_of("One.Two", "1.0", "b" * 64), pins)
+    setup.check_hash(report_of("one_two", "1.0+cpu", "c" * 64), pins)
+    setup.check_hash(report_of("not-locked", "1.0", "c" * 64), pins)
+    with pytest.raises(
+        setup.SetupError, match=r"index/file\.whl has the sha256 cccc.* one-two 1\.0"
+    ):
+        setup.check_hash(report_of("one_two", "1.0", "c" * 64), pins)
+
+
+def test_the_audit_finds_what_is_wrong() -> None:
+    good = {"one": ("1.0", {"a" * 64}), "two": ("2.0", {"b" * 64, "c" * 64})}
+    assert list(audit.lock_problems(good)) == []
+    assert list(audit.installed_problems(good, {"one": "1.0", "two": "2.0+cpu", "x": "3"})) == []
+    bad = {"one": ("1.*", {"a" * 64}), "two": ("2.0", set()), "three": ("3.0", {"a" * 63})}
+    found = "\n".join(audit.lock_problems(bad))
+    for part in ("one: '1.*'", "two==2.0: has no sha256", "three==3.0"):
+        assert part in found
+    assert "one: 1.1 is installed" in "\n".join(audit.installed_problems(good, {"one": "1.1"}))
+
+
+def test_what_is_installed_passes_the_audit() -> None:
+    """By the command itself, without pip-audit, which would ask the network."""
+    if not setup.VENV_PYTHON.exists() or sys.prefix != str(setup.VENV):
+        pytest.skip("not in the virtual environment that the lock is for")
+    command = [sys.executable, "-m", "tools.audit"]
+    path = {**os.environ, "PATH": "/nowhere"}
+    output = subprocess.run(command, env=path, cwd=setup.ROOT, capture_output=True, text=True)
+    assert output.returncode == 0, output.stdout
+    assert re.search(r"audit: \d{3} pins, \d{2,3} of them installed, 0 problems", output.stdout)
 
 
 def test_the_lock_pins_all_that_is_installed_for_the_project() -> None:

@@ -54,13 +54,23 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 TRITON = ROOT / ".triton"
 LOCK = ROOT / "requirements.lock"
+PYPI = "https://pypi.org/simple"
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")  # in NVIDIA's Triton container
-SERVER_WHEEL = "nvidia-pytriton==0.7.0"  # carries tritonserver 2.51 and a stub for each Python
-PERF_WHEEL = "tritonclient==2.50.0"  # the last one whose perf_analyzer runs on glibc 2.36
+# Carries tritonserver 2.51 and a stub for each Python.
+SERVER_WHEEL = (
+    "nvidia-pytriton==0.7.0 "
+    "--hash=sha256:21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df"
+)
+# The last one whose perf_analyzer runs on glibc 2.36.
+PERF_WHEEL = (
+    "tritonclient==2.50.0 "
+    "--hash=sha256:421fbb69ae6ab8cdb2c35b82134fcef2fe11e7af7718b1fcbc53335ab9bfe889"
+)
 MIN_GLIBC = (2, 35)  # what SERVER_WHEEL was built for
 
 # `make lock` takes the newest version of everything but these.
@@ -109,6 +119,7 @@ def main() -> None:
         help="gpu: also without a GPU",
     )
     parser.add_argument("--perf", action="store_true", help="install perf_analyzer, too")
+    parser.add_argument("--packages", action="store_true", help="only the Python packages")
     parser.add_argument("--lock", action="store_true", help="write requirements.lock anew instead")
     arguments = parser.parse_args()
     try:
@@ -116,27 +127,24 @@ def main() -> None:
             if arguments.lock:
                 write_lock()
             else:
-                set_up({*arguments.extras, *(["gpu"] if has_gpu() else [])}, arguments.perf)
+                check_platform()
+                set_up_packages({*arguments.extras, *(["gpu"] if has_gpu() else [])})
+                if not arguments.packages:
+                    install_server()
+                if arguments.perf:
+                    install_perf_analyzer()
     except SetupError as error:
         sys.exit(f"setup: {error}")
     except KeyboardInterrupt:
         sys.exit("setup: interrupted; the same command goes on where this one stopped")
 
 
-def set_up(extras: set[str], perf: bool) -> None:
-    """Do what is not done yet."""
-    check_platform()
-    install_packages(extras, digest(LOCK, ROOT / "pyproject.toml", Path(__file__)))
-    install_server()
-    if perf:
-        install_perf_analyzer()
-
-
 # Steps
 
 
-def install_packages(extras: set[str], inputs: str) -> None:
+def set_up_packages(extras: set[str]) -> None:
     """Make .venv and install the project into it, editable, with these extras."""
+    inputs = digest(LOCK, ROOT / "pyproject.toml", Path(__file__))
     interpreter = f"{sys.base_prefix} {platform.python_version()} {ROOT}"
     made = Stamp(VENV / ".stamp-venv", interpreter)
     installed = Stamp(VENV / ".stamp-packages", inputs)
@@ -152,11 +160,42 @@ def install_packages(extras: set[str], inputs: str) -> None:
     wanted = ",".join(sorted(extras | set(had)))
     say(f"Python packages: requirements.lock{f' [{wanted}]' if wanted else ''}")
     unfinished.touch()
-    pip("install", "--constraint", LOCK, "setuptools")  # builds the project, offline and pinned
     project = f"{ROOT}[{wanted}]" if wanted else str(ROOT)
-    pip("install", "--constraint", LOCK, "--no-build-isolation", "--editable", project)
+    install_locked("setuptools")  # builds the project, offline and pinned
+    install_locked("--no-build-isolation", "--editable", project)
     unfinished.unlink()
     installed.write(wanted.replace(",", " "))
+
+
+def install_locked(*what: str) -> None:
+    """Install what the lock says, as wheels alone, and refuse one whose hash is not in it.
+
+    pip itself checks hashes only where it has one for everything, the project's folder and torch's
+    CUDA packages included. A wheel runs nothing before it is imported, so after is soon enough.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        versions, report = Path(folder) / "versions", Path(folder) / "report.json"
+        pins = read_lock()
+        versions.write_text("".join(f"{name}=={pins[name][0]}\n" for name in pins))
+        options = ["--only-binary=:all:", "--constraint", versions, "--report", report]
+        pip("install", *options, *what)
+        for package in json.loads(report.read_text())["install"]:
+            check_hash(package, pins)
+
+
+def check_hash(package: "dict[str, Any]", pins: "dict[str, tuple[str, set[str]]]") -> None:
+    """Refuse a package, as pip's report says it, that came with another hash than the lock's."""
+    name, version = canonical(package["metadata"]["name"]), package["metadata"]["version"]
+    # A local version, as torch's +cpu, is another index's own build, of which PyPI knows nothing.
+    if name not in pins or "+" in version:
+        return
+    download = package["download_info"]
+    found = download.get("archive_info", {}).get("hashes", {}).get("sha256", "none")
+    if found not in pins[name][1]:
+        raise SetupError(
+            f"{download['url']} has the sha256 {found}, which requirements.lock does not have for "
+            f"{name} {version}; do not use .venv. If the index is to be trusted: make lock"
+        )
 
 
 def install_server() -> None:
@@ -189,7 +228,7 @@ def install_perf_analyzer() -> None:
     stamp = Stamp(TRITON / ".stamp-perf", digest(Path(__file__)))
     if stamp.is_done():
         return
-    say(f"perf_analyzer: from {PERF_WHEEL}")
+    say(f"perf_analyzer: from {PERF_WHEEL.split()[0]}")
     perf = TRITON / "perf"
     with unpacked_wheel(PERF_WHEEL) as wheel:
         replace(perf / "bin" / "perf_analyzer", (wheel / "bin" / "perf_analyzer").read_bytes())
@@ -210,7 +249,7 @@ def unpack_server_wheel() -> None:
     stamp = Stamp(TRITON / ".stamp-server", SERVER_WHEEL)
     if stamp.is_done():
         return
-    say(f"tritonserver: from {SERVER_WHEEL}, in .triton")
+    say(f"tritonserver: from {SERVER_WHEEL.split()[0]}, in .triton")
     with unpacked_wheel(SERVER_WHEEL) as wheel:
         for unused in wheel.glob("nvidia_pytriton.libs/libpython*"):
             unused.unlink()
@@ -221,21 +260,42 @@ def unpack_server_wheel() -> None:
 
 def write_lock() -> None:
     """Resolve pyproject.toml with all its extras anew, and write what came out to the lock."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.json"
-        wanted = [f"{ROOT}[bench,gpu,test]", "setuptools", *HELD]
-        pip("install", "--dry-run", "--ignore-installed", "--report", report, *wanted)
-        found = json.loads(report.read_text())["install"]
+    wanted = [f"{ROOT}[bench,gpu,test]", "setuptools", *HELD]
     names = {}
-    for package in found:
-        name = re.sub(r"[-_.]+", "-", package["metadata"]["name"]).lower()
+    for package in dry_run(*wanted):
+        name = canonical(package["metadata"]["name"])
         if not NOT_LOCKED.fullmatch(name):
             names[name] = package["metadata"]["version"].partition("+")[
                 0
             ]  # +cpu: a build, not a version
+    pins = [f"{n}=={v}" for n, v in sorted(names.items())]
+    hashes = wheel_hashes(pins)
     head = [line for line in LOCK.read_text().splitlines() if line.startswith("#")]
-    LOCK.write_text("\n".join([*head, *(f"{n}=={v}" for n, v in sorted(names.items()))]) + "\n")
+    lines = [" ".join([pin, *(f"--hash=sha256:{h}" for h in hashes[pin])]) for pin in pins]
+    LOCK.write_text("\n".join([*head, *lines]) + "\n")
     say(f"requirements.lock: {len(names)} packages")
+
+
+def wheel_hashes(pins: "list[str]") -> "dict[str, list[str]]":
+    """Of PyPI's wheels of these versions, those that the supported Pythons would take here."""
+    found: dict[str, set[str]] = {}
+    tags = [f"manylinux_2_{minor}" for minor in range(MIN_GLIBC[1], 4, -1)]
+    tags += ["manylinux2014", "manylinux2010", "manylinux1", "linux"]
+    options = ["--no-deps", "--only-binary=:all:", "--index-url", PYPI, "--target", "unused"]
+    options += [f"--platform={tag}_x86_64" for tag in tags]
+    # Not what this machine's pip is told of other indexes: their builds may be others.
+    for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        os.environ.pop(name, None)
+    os.environ["PIP_CONFIG_FILE"] = os.devnull
+    for version in SUPPORTED:
+        python = "--python-version={}.{}".format(*version)
+        for package in dry_run(*options, python, *pins):
+            metadata = package["metadata"]
+            pin = f"{canonical(metadata['name'])}=={metadata['version']}"
+            found.setdefault(pin, set()).add(
+                package["download_info"]["archive_info"]["hashes"]["sha256"]
+            )
+    return {pin: sorted(hashes) for pin, hashes in found.items()}
 
 
 # Parts
@@ -264,6 +324,31 @@ class Stamp:
     def _lines(self) -> list[str]:
         lines = self.path.read_text().split("\n") if self.path.exists() else []
         return [*lines, "", ""][:2]
+
+
+def read_lock() -> "dict[str, tuple[str, set[str]]]":
+    """The lock's version and sha256 hashes of each package."""
+    pins = {}
+    for line in LOCK.read_text().splitlines():
+        if not line.startswith("#"):
+            pin, *hashes = line.split(" --hash=sha256:")
+            name, _, version = pin.partition("==")
+            pins[name] = (version, set(hashes))
+    return pins
+
+
+def canonical(name: str) -> str:
+    """A package's name as the lock spells it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def dry_run(*arguments: str) -> "list[dict[str, Any]]":
+    """What pip would install."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        pip("install", "--dry-run", "--ignore-installed", "--report", report, *arguments)
+        installs: list[dict[str, Any]] = json.loads(report.read_text())["install"]
+        return installs
 
 
 def make_venv() -> None:
@@ -355,8 +440,9 @@ def unpacked_wheel(requirement: str) -> Iterator[Path]:
     """A folder under .triton with one wheel's files in it, gone afterwards unless it was moved."""
     TRITON.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=TRITON, ignore_cleanup_errors=True) as folder:
-        target = Path(folder) / "wheel"
-        pip("install", "--no-deps", "--only-binary=:all:", "--target", target, requirement)
+        target, wanted = Path(folder) / "wheel", Path(folder) / "wanted"
+        wanted.write_text(requirement)  # a hash cannot be said on the command line
+        pip("install", "--no-deps", "--only-binary=:all:", "--target", target, "-r", wanted)
         yield target
 
 
