@@ -1,9 +1,12 @@
 # The same model repository, served by NVIDIA's Triton container.
 #
 #   docker build -t fi-runtime .
-#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 fi-runtime
+#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 \
+#       --read-only --tmpfs /tmp --cap-drop=ALL --security-opt=no-new-privileges fi-runtime
 #
 # Without --gpus the engine runs on the CPU. ARCH: compute capabilities of the GPUs to serve on.
+# The server runs as an unprivileged user who owns none of its files, and writes to /tmp and /dev/shm
+# alone (docs/SECURITY.md).
 ARG TRITON=25.08
 ARG CUDA=13.0.1
 ARG ARCH=9.0a
@@ -16,9 +19,8 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /build
 COPY . .
-RUN python3 -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir --constraint requirements.lock --editable '.[gpu]' ninja \
-    && .venv/bin/python -m fi_runtime prebuild --arch "${ARCH}"
+RUN PIP_NO_CACHE_DIR=1 python3 tools/setup.py --packages --extras gpu \
+    && PATH="/build/.venv/bin:$PATH" .venv/bin/python -m fi_runtime prebuild --arch "${ARCH}"
 
 # Any release from 24.11 on: their Python is 3.12, one of the two that the project supports.
 FROM nvcr.io/nvidia/tritonserver:${TRITON}-py3
@@ -31,16 +33,19 @@ RUN apt-get update \
 # The image comes with an unprivileged user of this name for the server.
 RUN id triton-server >/dev/null 2>&1 || useradd --create-home triton-server
 WORKDIR /opt/fi_runtime
-RUN chown triton-server .
-USER triton-server
 
 # The packages first: they change less often than the code.
-COPY --chown=triton-server pyproject.toml requirements.lock ./
-COPY --chown=triton-server tools/setup.py tools/
+COPY pyproject.toml requirements.lock ./
+COPY tools/setup.py tools/
 RUN mkdir fi_runtime client && PIP_NO_CACHE_DIR=1 python3 tools/setup.py --extras gpu
-COPY --chown=triton-server . .
-COPY --chown=triton-server --from=kernels /build/model_repository/llm/kernels model_repository/llm/kernels
+COPY . .
+COPY --from=kernels /build/model_repository/llm/kernels model_repository/llm/kernels
+RUN python3 -m compileall -q fi_runtime client tools model_repository
 
+USER triton-server
+# Caches of libraries, which else go to the home folder.
+ENV HOME=/tmp TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 EXPOSE 8000 8001 8002
-# Finds the container's own tritonserver, and gives its Python backend the packages above.
-ENTRYPOINT ["/opt/fi_runtime/.venv/bin/tritonserver", "--model-repository=/opt/fi_runtime/model_repository"]
+# Finds the container's own tritonserver, and gives its Python backend the packages above. The APIs
+# with which clients name memory and files of the machine are closed, with a key that nobody knows.
+ENTRYPOINT ["/bin/sh", "-c", "closed=shared-memory,trace,logging:admin=$(cat /proc/sys/kernel/random/uuid); exec /opt/fi_runtime/.venv/bin/tritonserver --model-repository=/opt/fi_runtime/model_repository --http-restricted-api=$closed --grpc-restricted-protocol=$closed \"$@\"", "tritonserver"]

@@ -32,6 +32,8 @@ DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's 
 EXIT_TIMEOUT_SECONDS = 5  # for an orderly end
 OVERTIME_SECONDS = 3.0  # after which what is left is killed, within 10 s of Ctrl-C
 POLL_SECONDS = 0.1
+RESTRICTED = "shared-memory,trace,logging"
+"""Triton's APIs that are closed, since with them a client names memory and files of this machine"""
 RULE = "=" * 78
 # What the default checkpoint can answer.
 EXAMPLE = {"text_input": "17+25=", "max_tokens": 8, "temperature": 0.0}
@@ -125,6 +127,12 @@ class TritonServer:
         given = [f"--{n}={v}" for n, v in self.options.items() if option(self.arguments, n) is None]
         # So that what a killed process leaves in /dev/shm has a name of ours.
         given.append(f"--backend-config=python,shm-region-prefix-name={self.mark}")
+        key = secrets.token_hex(16)  # known to nobody
+        given += [
+            f"--{name}={RESTRICTED}:admin={key}"
+            for name in ("http-restricted-api", "grpc-restricted-protocol")
+            if option(self.arguments, name) is None
+        ]
         # Their config.pbtxt is complete: to ask each model for more takes a process and a second.
         given.append("--disable-auto-complete-config")
         with contextlib.ExitStack() as stack:
