@@ -1,9 +1,9 @@
 """How many of the demo checkpoint's tasks a running server answers exactly, greedily.
 
-    python -m bench.accuracy [--url host:port] [--count 300]
+    python -m bench.accuracy [--url host:port] [--count 300] [--cache-dtype fp8]
 
 Asks the door ``llm_unary`` over gRPC, several requests at a time; without ``--url`` it starts a
-server of its own on the default model repository. No prompt was seen in training.
+server of its own on the default checkpoint. No prompt was seen in training.
 """
 
 import tempfile
@@ -20,7 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.results import write_results
+from fi_runtime.config import CacheDTypeName
 from tools.demo.tasks import MAX_ANSWER_TOKENS, Example, Task, evaluation_set, is_correct
+from tools.repository import SHIPPED, STREAMED, write_repository
 from tools.serve import TritonServer
 
 TASKS: list[tuple[str, Task, int]] = [
@@ -35,14 +37,18 @@ TASKS: list[tuple[str, Task, int]] = [
 
 
 @contextmanager
-def running_server(url: str) -> Iterator[str]:
+def running_server(url: str, cache_dtype: CacheDTypeName) -> Iterator[str]:
     """The address of the server given, or of one that runs for as long as it is needed."""
     if url:
         yield url
         return
-    with tempfile.NamedTemporaryFile() as log, TritonServer(log=Path(log.name)) as server:
-        server.wait_ready()
-        yield server.grpc_url
+    with tempfile.TemporaryDirectory() as name:
+        checkpoint = SHIPPED / STREAMED / "demo_checkpoint"
+        knobs = {"cache_dtype": cache_dtype, "kernels": SHIPPED / STREAMED / "kernels"}
+        repository = write_repository(Path(name) / "repository", checkpoint, knobs)
+        with TritonServer(repository, log=Path(name) / "log") as server:
+            server.wait_ready()
+            yield server.grpc_url
 
 
 def answer(client: triton.InferenceServerClient, prompt: str) -> str:
@@ -65,6 +71,9 @@ def answer(client: triton.InferenceServerClient, prompt: str) -> str:
 def main(
     url: Annotated[str, typer.Option(help="gRPC host:port of a running server.")] = "",
     count: Annotated[int, typer.Option(help="Prompts of each task.")] = 300,
+    cache_dtype: Annotated[
+        CacheDTypeName, typer.Option(help="The engine's knob, without --url.")
+    ] = "auto",
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     wrong: Annotated[int, typer.Option(help="Wrong answers to show of each task.")] = 2,
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
@@ -75,7 +84,7 @@ def main(
     table = Table(title="Exact answers, greedy, through the running server")
     for column in ("task", "right", "of", "share"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    with running_server(url) as address, ThreadPoolExecutor(concurrency) as pool:
+    with running_server(url, cache_dtype) as address, ThreadPoolExecutor(concurrency) as pool:
         client = triton.InferenceServerClient(address)
 
         def ask(example: Example) -> str:
@@ -94,7 +103,9 @@ def main(
                 console.print(f"{name}: …{example.prompt[-60:]!r}: {output!r}", markup=False)
     console.print(table)
     if out is not None:
-        write_results(out, rows, f"python -m bench.accuracy --count {count}")
+        write_results(
+            out, rows, f"python -m bench.accuracy --count {count} --cache-dtype {cache_dtype}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time for each further token, at a few batches and contexts.
 
-    python -m bench.latency [MODEL ...] [--kernels FOLDER] [--out FILE]
+    python -m bench.latency [MODEL ...] [--cache-dtype fp8] [--kernels FOLDER] [--out FILE]
 
 Greedy: the time of prompts with many new tokens, less that of equal prompts with one, by the
 tokens between. 512 new tokens at batch 1, 256 at others; nothing of a prompt is in the cache
@@ -23,6 +23,7 @@ from bench.limits import Limits
 from bench.offline import engine_of, release
 from bench.results import write_results
 from bench.shapes import PEERS
+from fi_runtime.config import CacheDTypeName
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
 
@@ -78,11 +79,12 @@ def point(
     }
 
 
-def measure(model: str, kernels: Path | None) -> list[dict[str, Any]]:
+def measure(model: str, kernels: Path | None, cache_dtype: CacheDTypeName) -> list[dict[str, Any]]:
     """A row for each point."""
     with tempfile.TemporaryDirectory() as name:
-        engine, limits = engine_of(model, kernels, Path(name))
-        return [{"model": model, **point(engine, limits, *each)} for each in POINTS]
+        engine, limits = engine_of(model, kernels, Path(name), cache_dtype=cache_dtype)
+        row = {"model": model, "cache_dtype": cache_dtype}
+        return [row | point(engine, limits, *each) for each in POINTS]
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
@@ -99,16 +101,18 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
+    cache_dtype: Annotated[CacheDTypeName, typer.Option(help="The engine's knob.")] = "auto",
     kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure each model and print a table."""
     rows: list[dict[str, Any]] = []
     for model in models or PEERS:
-        rows += measure(model, kernels)
+        rows += measure(model, kernels, cache_dtype)
         release()
         if out is not None:  # what there is, should a later model fail
-            write_results(out, rows, "python -m bench.latency --kernels KERNELS --out FILE")
+            command = f"python -m bench.latency --cache-dtype {cache_dtype}"
+            write_results(out, rows, f"{command} --kernels KERNELS --out FILE")
     print_rows(rows)
 
 

@@ -63,11 +63,14 @@ class Limits:
         return seconds
 
 
-def limits_of(checkpoint: Path, bytes_per_s: float) -> Limits:
+def limits_of(
+    checkpoint: Path, bytes_per_s: float, cache_dtype: torch.dtype = torch.bfloat16
+) -> Limits:
     """From a checkpoint's config.json.
 
     Args:
         bytes_per_s: that a copy within the GPU's memory moves, reading and writing counted.
+        cache_dtype: of keys and values.
     """
     config = load_model_config(checkpoint)
     size = torch.bfloat16.itemsize
@@ -82,7 +85,7 @@ def limits_of(checkpoint: Path, bytes_per_s: float) -> Limits:
     return Limits(
         weight_bytes=always,
         prompt_bytes=always - head + per_token * expert_bytes,
-        token_bytes=2 * config.layers * config.kv_heads * config.head_dim * size,
+        token_bytes=2 * config.layers * config.kv_heads * config.head_dim * cache_dtype.itemsize,
         bytes_per_s=bytes_per_s,
         experts=experts,
         per_token=per_token,

@@ -1,6 +1,6 @@
 """The engine alone on many prompts at once, the way mini-sglang's offline benchmark does it.
 
-    python -m bench.offline [MODEL ...] [--kernels FOLDER] [--out FILE]
+    python -m bench.offline [MODEL ...] [--cache-dtype fp8] [--kernels FOLDER] [--out FILE]
 
 256 prompts of 100 to 1024 random tokens, 100 to 1024 new tokens each (133,966 in all), seed 0,
 temperature 0.6, end tokens ignored; the second of two runs, with nothing left in the cache of the
@@ -27,6 +27,8 @@ from bench.limits import Limits, limits_of
 from bench.results import write_results
 from bench.shapes import DENSE, SHAPES
 from fi_runtime.attention.timing import memory_bandwidth
+from fi_runtime.config import CacheDTypeName
+from fi_runtime.engine.build import cache_dtype as dtype_of_cache
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.messages import SamplingParams
@@ -97,7 +99,7 @@ def engine_of(
     engine = Engine(config)
     gc.collect()
     gc.freeze()
-    return engine, limits_of(Path(config.checkpoint), moved)
+    return engine, limits_of(Path(config.checkpoint), moved, dtype_of_cache(config))
 
 
 def release() -> None:
@@ -107,16 +109,18 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def measure(model: str, kernels: Path | None) -> dict[str, Any]:
+def measure(model: str, kernels: Path | None, cache_dtype: CacheDTypeName) -> dict[str, Any]:
     """One row."""
     with tempfile.TemporaryDirectory() as name:
-        engine, limits = engine_of(model, kernels, Path(name))
+        engine, limits = engine_of(model, kernels, Path(name), cache_dtype=cache_dtype)
         seconds = seconds_of(engine)
     prompts, outputs = work()
     tokens = sum(outputs)
     limit_s = limits.offline_s([len(prompt) for prompt in prompts], outputs)
     return {
         "model": model,
+        "cache_dtype": cache_dtype,
+        "cache_pages": engine.pool.usable,
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens / seconds, 1),
@@ -126,20 +130,23 @@ def measure(model: str, kernels: Path | None) -> dict[str, Any]:
 
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SHAPES)}.")] = None,
+    cache_dtype: Annotated[CacheDTypeName, typer.Option(help="The engine's knob.")] = "auto",
     kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
     out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
 ) -> None:
     """Measure each model and print a table."""
     rows = []
     for model in models or DENSE:
-        rows.append(measure(model, kernels))
+        rows.append(measure(model, kernels, cache_dtype))
         release()
         if out is not None:  # what there is, should a later model fail
-            write_results(out, rows, "python -m bench.offline --kernels KERNELS --out FILE")
-    table = Table("model", "tokens/s", "limit", "share")
+            command = f"python -m bench.offline --cache-dtype {cache_dtype}"
+            write_results(out, rows, f"{command} --kernels KERNELS --out FILE")
+    table = Table("model", "pages held", "tokens/s", "limit", "share")
     for row in rows:
         speed, limit = row["tokens_per_s"], row["limit_tokens_per_s"]
-        table.add_row(row["model"], f"{speed:,.0f}", f"{limit:,.0f}", f"{speed / limit:.0%}")
+        numbers = (f"{row['cache_pages']:,}", f"{speed:,.0f}", f"{limit:,.0f}")
+        table.add_row(row["model"], *numbers, f"{speed / limit:.0%}")
     Console().print(table)
 
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device
 from fi_runtime.doctor import examine, print_report, report_json
-from fi_runtime.engine.build import check_has_kernels, compiled_in, compute_dtype
+from fi_runtime.engine.build import cache_dtype, check_has_kernels, compiled_in, compute_dtype
 from fi_runtime.engine.core import Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.prebuild import prebuild as compile_modules
@@ -101,6 +101,7 @@ def prebuild(
         compile_modules(
             compiled_in(shape),
             compute_dtype(config),
+            cache_dtype(config),
             ["fa2", "fa3"] if both else ["fa2"],
             arch,
             out or Path(config.kernels),

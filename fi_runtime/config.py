@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+CacheDTypeName = Literal["auto", "fp8"]
 Device = Literal["cpu", "cuda"]
 Backend = Literal["fa2", "fa3", "auto"]
 LoadFormat = Literal["safetensors", "dummy"]
@@ -74,6 +75,13 @@ class EngineConfig(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True
     dtype: Annotated[
         DTypeName,
         Meta(description="of weights and cache; auto: float32 on the CPU, bfloat16 on a GPU"),
+    ] = "auto"
+    cache_dtype: Annotated[
+        CacheDTypeName,
+        Meta(
+            description="of the cache alone; auto: as dtype; fp8: e4m3, which holds twice the "
+            "tokens of bfloat16"
+        ),
     ] = "auto"
     load_format: Annotated[
         LoadFormat,
@@ -272,6 +280,11 @@ def engine_config(
         raise ConfigError(
             f"{model}/config.pbtxt: parameter cache_tokens={config.cache_tokens} is less than one "
             f"page of page_size={config.page_size}"
+        )
+    if config.cache_dtype == "fp8" and config.attention_backend == "fa3":
+        raise ConfigError(
+            f"{model}/config.pbtxt: parameter cache_dtype='fp8' is for attention_backend 'fa2'; "
+            "FA3 reads such a cache with queries in fp8 only"
         )
     return msgspec.structs.replace(
         config,

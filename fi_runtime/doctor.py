@@ -31,6 +31,7 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend, ConfigError, EngineConfig
 from fi_runtime.engine.build import (
     available_memory,
+    cache_dtype,
     check_gpu_has_kernels,
     compute_dtype,
     weight_bytes,
@@ -121,7 +122,7 @@ def examine(model_folder: Path) -> Report:
         _weights(config, weights),
         *_adapters(config),
         _host_memory(0 if gpu else weights),
-        _cache_room(config, model, dtype, weights),
+        _cache_room(config, model, weights),
         kernels,
     ]
     if not gpu:
@@ -263,7 +264,8 @@ def _describe(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> s
     return (
         f"{model.architecture}, {model.layers} layers, {model.heads} query and {model.kv_heads} "
         f"key/value heads of {model.head_dim}, hidden size {model.hidden_size}, "
-        f"{str(dtype).removeprefix('torch.')}, pages of {config.page_size} tokens"
+        f"{str(dtype).removeprefix('torch.')}, pages of {config.page_size} tokens in "
+        f"{str(cache_dtype(config)).removeprefix('torch.')}"
     )
 
 
@@ -302,9 +304,7 @@ def _host_memory(weights: int) -> Check:
     return Check("host memory", value)
 
 
-def _cache_room(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, weights: int
-) -> Check:
+def _cache_room(config: EngineConfig, model: ModelConfig, weights: int) -> Check:
     """Tokens that would fit beside the weights; what a step and its graphs take is left out."""
     if config.device == "cuda":
         free, total = torch.cuda.mem_get_info()
@@ -312,7 +312,8 @@ def _cache_room(
     else:
         # The engine leaves the machine a quarter.
         room = (available_memory(torch.device("cpu")) - weights) * 0.75
-    token = CacheShape(model.layers, 1, 1, model.kv_heads, model.head_dim).nbytes(dtype)
+    shape = CacheShape(model.layers, 1, 1, model.kv_heads, model.head_dim)
+    token = shape.nbytes(cache_dtype(config))
     tokens = max(0, int(room) // token)
     value = f"about {tokens:,} tokens of {token:,} bytes fit the memory"
     if config.cache_tokens:
@@ -376,9 +377,9 @@ def _wrappers(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> I
     context = config.max_context or model.max_position
     limits = Limits(config.step_tokens, config.max_sequences, context)
     try:
-        cache = KVCache(shape, dtype, torch.device("cuda"))
+        cache = KVCache(shape, cache_dtype(config), torch.device("cuda"))
         attention = FlashInferAttention(
-            cache, model.heads, limits, config.attention_backend, model.attention
+            cache, model.heads, limits, config.attention_backend, model.attention, dtype
         )
         attention.for_graph(1)
     except Exception as error:  # also what FlashInfer or a compiler makes of this machine
@@ -399,7 +400,8 @@ def _time_decode(
     failed: dict[Backend, str] = {}
     for batch, context in BATCHES:
         heads = (model.heads, model.kv_heads, model.head_dim)
-        shape = _that_fits(DecodeShape(*heads, batch, context, config.page_size, dtype))
+        dtypes = (dtype, cache_dtype(config))
+        shape = _that_fits(DecodeShape(*heads, batch, context, config.page_size, *dtypes))
         for backend in get_args(Backend):
             log.info("timing %s at %d x %d", backend, batch, shape.context)
             row = DecodeRow(batch, shape.context, backend)

@@ -38,6 +38,11 @@ def test_values_are_read_from_strings() -> None:
         ({"checkpoint": "a", "page_size": "0"}, ["page_size='0'", ">= 1"]),
         ({"checkpoint": "a", "page_size": "many"}, ["page_size='many'", "int"]),
         ({"checkpoint": "a", "dtype": "int4"}, ["dtype='int4'"]),
+        ({"checkpoint": "a", "cache_dtype": "bfloat16"}, ["cache_dtype='bfloat16'"]),
+        (
+            {"checkpoint": "a", "cache_dtype": "fp8", "attention_backend": "fa3"},
+            ["cache_dtype='fp8'", "'fa2'"],
+        ),
         ({"checkpoint": "a", "adapters": "sql"}, ["adapters='sql'", "JSON"]),
         ({"checkpoint": "a", "adapters": '{"": "sql"}'}, ["adapters=", ">= 1"]),
         ({"checkpoint": "a", "adapters": '{"sql": 1}'}, ["adapters=", "str"]),

@@ -53,12 +53,14 @@ class Wrapper:
         window_left: int = -1,
         logits_soft_cap: float | None = None,
         sm_scale: float | None = None,
-        **_: Any,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
     ) -> None:
         assert self._pin_memory_int_workspace_buffer is not None
         self.staged.append(id(self._pin_memory_int_workspace_buffer))
         self.planned = (torch.arange(len(last) + 1), starts, pages, last)
         self.kind = window_left, logits_soft_cap, sm_scale
+        self.dtypes = q_data_type, kv_data_type
         self.stamp = random.randrange(1 << 30)
         self.workspace[:4].view(torch.int32)[0] = self.stamp
 
@@ -69,6 +71,7 @@ class Wrapper:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self.workspace[:4].view(torch.int32)[0] == self.stamp, "another has planned here"
+        assert (q.dtype, cache[0].dtype) == self.dtypes
         window_left, soft_cap, scale = self.kind
         query_starts, starts, pages, last = (each.tolist() for each in self.planned)
         assert len(q) == query_starts[-1]
@@ -76,7 +79,7 @@ class Wrapper:
         for s, length in enumerate(last):
             own = pages[starts[s] : starts[s + 1]]
             context = (len(own) - 1) * cache[0].shape[1] + length
-            k, v = (side[own].flatten(0, 1)[:context] for side in cache)
+            k, v = (side[own].flatten(0, 1)[:context].to(q.dtype) for side in cache)
             rows = slice(query_starts[s], query_starts[s + 1])
             count = rows.stop - rows.start
             back = context - count + torch.arange(count)[:, None] - torch.arange(context)
@@ -143,22 +146,25 @@ LOCAL, CAPPED = (AttentionKind(0.2, window=20), AttentionKind(0.7, window=1, sof
 
 @pytest.fixture(
     params=[
-        (8, 2, 1, None),
-        (8, 2, 16, (LOCAL, CAPPED)),
-        (2, 2, 16, None),
-        (2, 2, 16, [LOCAL] * 2),
+        (8, 2, 1, None, torch.float32),
+        (8, 2, 16, (LOCAL, CAPPED), torch.float32),
+        (2, 2, 16, None, torch.float32),
+        (2, 2, 16, [LOCAL] * 2, torch.float32),
+        (8, 2, 16, None, torch.float8_e4m3fn),
     ],
-    ids=["8:2, pages of 1", "8:2, two kinds", "2:2", "2:2, a window"],
+    ids=["8:2, pages of 1", "8:2, two kinds", "2:2", "2:2, a window", "8:2, fp8"],
 )
 def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
     """Attention through the stand-in and the reference, over caches of the same contents."""
-    heads, kv_heads, page_size, kinds = request.param
+    heads, kv_heads, page_size, kinds, dtype = request.param
     shape = CacheShape(2, 4000 // page_size, page_size, kv_heads, HEAD_DIM)
-    caches = [KVCache(shape, torch.float32, CPU) for _ in range(2)]
-    caches[0].data.normal_(generator=torch.Generator().manual_seed(0))
+    caches = [KVCache(shape, dtype, CPU) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    caches[0].data.copy_(torch.randn(caches[0].data.shape, generator=generator))
     caches[1].data.copy_(caches[0].data)
+    limits = Limits(4096, 64, 2000, 200)
     return SimpleNamespace(
-        ours=FlashInferAttention(caches[0], heads, Limits(4096, 64, 2000, 200), kinds=kinds),
+        ours=FlashInferAttention(caches[0], heads, limits, kinds=kinds, dtype=torch.float32),
         reference=ReferenceAttention(caches[1], kinds),
         caches=caches,
         shape=shape,
@@ -177,7 +183,7 @@ def compare(pair: SimpleNamespace, attention: Attention, layout: StepLayout, pad
         expected = pair.reference(layer, qkv[:tokens], heads)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     # All pages but the spare one, which padding writes to.
-    assert torch.equal(*(cache.data[:, :, 1:] for cache in pair.caches))
+    assert torch.equal(*(cache.data[:, :, 1:].float() for cache in pair.caches))
 
 
 @pytest.mark.parametrize("contexts", [[1], [300, 1, 17], [16, 15, 32, 33]], ids=str)

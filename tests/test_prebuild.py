@@ -23,7 +23,8 @@ def compile_with(monkeypatch: pytest.MonkeyPatch, folder: Path, path: Path, tool
     monkeypatch.setattr(prebuild.sys, "executable", str(folder / "python"))
     monkeypatch.setattr(prebuild.sysconfig, "get_paths", lambda: {"purelib": str(folder)})
     model = prebuild.Compiled(128)
-    prebuild.prebuild(model, torch.bfloat16, ["fa2"], "9.0a", folder / "out", lambda *_: None)
+    dtypes = torch.bfloat16, torch.bfloat16
+    prebuild.prebuild(model, *dtypes, ["fa2"], "9.0a", folder / "out", lambda *_: None)
 
 
 def test_all_that_is_missing_is_named_at_once(
@@ -97,10 +98,12 @@ def test_the_windows_and_caps_of_a_checkpoint_are_compiled(
         prebuild, "importlib", SimpleNamespace(import_module=lambda *_, **__: Specs())
     )
     monkeypatch.setattr(prebuild, "own_spec", lambda: ("own", ()))
-    specs = list(prebuild._modules(compiled_in(model), torch.bfloat16, ["fa2"]))
+    dtypes = torch.bfloat16, torch.float8_e4m3fn
+    specs = list(prebuild._modules(compiled_in(model), *dtypes, ["fa2"]))
     assert ("gen_act_and_mul_module", (activation,)) in specs
     head_dims = (model.head_dim,) * 2
     for kind, first in (("decode", ()), ("prefill", ("fa2",))):
         asked = [args for name, args in specs if name == f"gen_batch_{kind}_module"]
-        kinds = [(*first, *(torch.bfloat16,) * 3, torch.int32, *head_dims, 0, *v) for v in variants]
+        of = (*first, *dtypes, torch.bfloat16, torch.int32, *head_dims, 0)
+        kinds = [(*of, *variant) for variant in variants]
         assert [args[: len(kinds[0])] for args in asked] == kinds

@@ -83,6 +83,7 @@ class FlashInferAttention:
         limits: what the workspace is made for.
         backend: what every wrapper is told to run.
         kinds: of each layer; default: plain.
+        dtype: of queries and outputs; default: the cache's, which else is float8_e4m3fn.
 
     Raises:
         ConfigError: a wrapper would run something else than it was told, or needs a larger
@@ -96,6 +97,7 @@ class FlashInferAttention:
         limits: Limits,
         backend: Backend = "fa2",
         kinds: Sequence[AttentionKind] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         shape, device = cache.shape, cache.data.device
         check_head_dim(shape.head_dim)
@@ -115,7 +117,9 @@ class FlashInferAttention:
             return {kind: Workspace(partial, planned) for kind in dict.fromkeys(layers)}
 
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
-        self._common = _Common(cache, heads, layers, partial, tensor_cores, backend)
+        self._common = _Common(
+            cache, dtype or cache.data.dtype, heads, layers, partial, tensor_cores, backend
+        )
         self._decode_workspaces = workspaces(limits.captured)
         # Captured steps share it: positions; then all pages there are, those of padding, and those
         # that prompts' tokens have each for itself, of which one is not full.
@@ -299,7 +303,7 @@ class PieceAttention:
         self._parts = parts
         self._cache = common.cache
         self._q = torch.zeros(
-            (tokens, common.heads, shape.head_dim), dtype=cache.dtype, device=cache.device
+            (tokens, common.heads, shape.head_dim), dtype=common.dtype, device=cache.device
         )
         self.out = torch.zeros_like(self._q)
         """(tokens, heads, head_dim): what ``attend`` leaves for the next graph"""
@@ -333,6 +337,8 @@ class _Common:
     """What all wrappers of an engine share."""
 
     cache: KVCache
+    dtype: torch.dtype
+    """of queries"""
     heads: int
     kinds: tuple[AttentionKind, ...]
     """of each layer"""
@@ -438,7 +444,7 @@ class _Wrapper:
     def _arguments(
         self, layout: StepLayout, pages: torch.Tensor
     ) -> tuple[list[Any], dict[str, Any]]:
-        shape, dtype = self._common.cache.shape, self._common.cache.data.dtype
+        shape = self._common.cache.shape
         arguments = [
             torch.from_numpy(layout.page_starts),
             pages,
@@ -450,8 +456,8 @@ class _Wrapper:
         ]
         kind = self._kind
         options: dict[str, Any] = {
-            "q_data_type": dtype,
-            "kv_data_type": dtype,
+            "q_data_type": self._common.dtype,
+            "kv_data_type": self._common.cache.data.dtype,
             # It counts those before a token only, and knows no window as -1.
             "window_left": (kind.window or 0) - 1,
             "logits_soft_cap": kind.soft_cap,

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fi_runtime.attention.base import AttentionKind, StepLayout, plain_kinds
 from fi_runtime.cache.kv_cache import KVCache
-from fi_runtime.kernels.heads import Heads, turned
+from fi_runtime.kernels.heads import Heads, as_kept, turned
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ReferenceAttention:
     """Gathers each sequence's keys and values through its page table, then attends to them.
 
     Args:
-        cache: on any device.
+        cache: on any device; in the dtype of queries, or one that is read as that.
         kinds: of each layer; default: plain.
     """
 
@@ -60,8 +60,8 @@ class ReferenceAttention:
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         q, k, v = turned(qkv, heads, self._positions)
         keys, values = (side.flatten(0, 1) for side in self._cache.layer(layer))
-        keys[self._write_slots] = k
-        values[self._write_slots] = v
+        keys[self._write_slots] = as_kept(k, keys.dtype)
+        values[self._write_slots] = as_kept(v, values.dtype)
         kind, out = self._kinds[layer], torch.empty_like(q)
         for group in self._groups:
             sequences = group.slots.shape[0]
@@ -69,8 +69,8 @@ class ReferenceAttention:
             queries = q[group.rows].view(sequences, -1, *q.shape[1:]).transpose(1, 2)
             attended = _attend(
                 queries,
-                keys[group.slots].transpose(1, 2),
-                values[group.slots].transpose(1, 2),
+                keys[group.slots].to(q.dtype).transpose(1, 2),
+                values[group.slots].to(q.dtype).transpose(1, 2),
                 group.masks[kind.window],
                 kind,
             )

@@ -37,12 +37,15 @@ class DecodeShape:
     context: int
     page_size: int
     dtype: torch.dtype = torch.bfloat16
+    """of queries"""
+    cache_dtype: torch.dtype = torch.bfloat16
+    """of keys and values"""
 
     @property
     def nbytes(self) -> int:
         """Bytes of all contexts' keys and values: what a decode has to read, once."""
         tokens = self.batch * self.context
-        return 2 * tokens * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * tokens * self.kv_heads * self.head_dim * self.cache_dtype.itemsize
 
     @property
     def pages(self) -> int:
@@ -132,9 +135,11 @@ class _Decodes:
         # Normal values, not zeros: what memory draws, and so its clock, depends on them.
         self.caches = torch.empty(
             (count, 2, pages, shape.page_size, shape.kv_heads, shape.head_dim),
-            dtype=shape.dtype,
+            dtype=shape.cache_dtype,
             device=device,
-        ).normal_()
+        )
+        for side in self.caches.flatten(0, 1):  # each apart: fp8 is filled from a wider copy
+            side.copy_(torch.randn(side.shape, dtype=shape.dtype, device=device))
         queries = (shape.batch, shape.heads, shape.head_dim)
         self._q = torch.randn(queries, dtype=shape.dtype, device=device)
         self._out = torch.empty_like(self._q)
@@ -170,7 +175,7 @@ class _Decodes:
             self._shape.head_dim,
             self._shape.page_size,
             q_data_type=self._shape.dtype,
-            kv_data_type=self._shape.dtype,
+            kv_data_type=self._shape.cache_dtype,
         )
 
     def run(self) -> None:

@@ -75,10 +75,15 @@ def build(config: EngineConfig, phases: Phases) -> Built:
 
 
 def compute_dtype(config: EngineConfig) -> torch.dtype:
-    """The dtype of weights and cache."""
+    """The dtype of weights and of what is computed with them."""
     if config.dtype != "auto":
         return DTYPES[config.dtype]
     return torch.float32 if config.device == "cpu" else torch.bfloat16
+
+
+def cache_dtype(config: EngineConfig) -> torch.dtype:
+    """The dtype of keys and values in the cache."""
+    return torch.float8_e4m3fn if config.cache_dtype == "fp8" else compute_dtype(config)
 
 
 def check_has_kernels(model: ModelConfig, dtype: torch.dtype) -> None:
@@ -165,7 +170,7 @@ def _load(
 
 def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     shape = _cache_shape(config, model.config, config.cache_tokens)
-    dtype, device = model.embedding.dtype, model.embedding.device
+    dtype, device = cache_dtype(config), model.embedding.device
     # A quarter is for what else happens on the machine.
     fitting = available_memory(device) * 3 // 4 // (shape.nbytes(dtype) // shape.tokens)
     _check_cache(shape, dtype, fitting)
@@ -178,7 +183,7 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
 
 def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built:
     """FlashInfer's attention, and decode from CUDA graphs, over what memory is left."""
-    dtype, device = model.embedding.dtype, model.embedding.device
+    dtype, device = cache_dtype(config), model.embedding.device
     sizes = GraphSizes.of(config)
     limits = Limits(
         config.step_tokens,
@@ -191,6 +196,7 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
         limits,
         sizes,
         config.page_size,
+        dtype,
         config.attention_backend,
         config.gpu_memory_fraction,
     )
@@ -207,7 +213,12 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     max_context = _max_context(config, model.config, shape)
     cache = KVCache(shape, dtype, device)
     attention = FlashInferAttention(
-        cache, model.config.heads, limits, config.attention_backend, model.config.attention
+        cache,
+        model.config.heads,
+        limits,
+        config.attention_backend,
+        model.config.attention,
+        model.embedding.dtype,
     )
     phases.end("cache")
     last_tokens = _last_tokens(config, device)

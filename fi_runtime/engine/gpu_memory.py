@@ -21,6 +21,7 @@ def room_for_cache(
     limits: Limits,
     sizes: GraphSizes,
     page_size: int,
+    cache_dtype: torch.dtype,
     backend: Backend,
     fraction: float,
 ) -> int:
@@ -33,8 +34,10 @@ def room_for_cache(
     config = model.config
     # The spare page, and one that nobody asks for.
     shape = CacheShape(config.layers, 2, page_size, config.kv_heads, config.head_dim)
-    cache = KVCache(shape, model.embedding.dtype, model.embedding.device)
-    attention = FlashInferAttention(cache, config.heads, limits, backend, config.attention)
+    cache = KVCache(shape, cache_dtype, model.embedding.device)
+    attention = FlashInferAttention(
+        cache, config.heads, limits, backend, config.attention, model.embedding.dtype
+    )
     _run_largest_step(model, attention, limits, page_size)
     step = _in_use() - weights
     # Captures give back what torch keeps of the step, which the next step will take again.

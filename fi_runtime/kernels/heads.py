@@ -61,7 +61,8 @@ def place(
 
     Args:
         qkv: (tokens, (heads + 2 * kv_heads) * head_dim).
-        cache: keys and values, (pages, page_size, kv_heads, head_dim) each.
+        cache: keys and values, (pages, page_size, kv_heads, head_dim) each, in the dtype of
+            ``qkv`` or float8_e4m3fn.
         out: of the queries, if they are to be put somewhere.
 
     Returns:
@@ -93,7 +94,15 @@ def place_reference(
     page_size = cache[0].shape[1]
     pages = places.pages[(places.page_starts[rows] + places.positions // page_size).long()].long()
     for side, values in zip(cache, sides, strict=True):
-        side[pages, (places.positions % page_size).long()] = values
+        side[pages, (places.positions % page_size).long()] = as_kept(values, side.dtype)
+
+
+def as_kept(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values in the cache's dtype; in fp8 what is too large becomes its largest number."""
+    if dtype != torch.float8_e4m3fn:
+        return x
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
 
 
 def turned(

@@ -44,6 +44,7 @@ class Compiled:
 def prebuild(
     model: Compiled,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     backends: Sequence[str],
     arch: str,
     out: Path,
@@ -53,7 +54,8 @@ def prebuild(
 
     Args:
         model: nothing else of its shape is compiled in.
-        dtype: of weights and cache, bfloat16 or float16.
+        dtype: bfloat16 or float16.
+        cache_dtype: of keys and values in the cache: the same, or float8_e4m3fn.
         backends: of attention, fa2 or fa3; each is a module of its own.
         arch: compute capability as FlashInfer writes it, such as 9.0a; several with blanks between.
         out: made if missing.
@@ -69,7 +71,7 @@ def prebuild(
     # FlashInfer reads these when it is imported.
     os.environ |= {"FLASHINFER_CUDA_ARCH_LIST": arch, "FLASHINFER_WORKSPACE_BASE": str(scratch)}
     claim(out, {"arch": arch, "flashinfer": flashinfer().__version__})
-    specs = list(_modules(model, dtype, backends))
+    specs = list(_modules(model, dtype, cache_dtype, backends))
     for number, spec in enumerate(specs, 1):
         begin = time.monotonic()
         target = out / spec.name / f"{spec.name}.so"
@@ -99,14 +101,16 @@ def claim(out: Path, manifest: dict[str, str]) -> None:
     (out / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
 
 
-def _modules(model: Compiled, dtype: torch.dtype, backends: Sequence[str]) -> Iterator[Any]:
+def _modules(
+    model: Compiled, dtype: torch.dtype, cache_dtype: torch.dtype, backends: Sequence[str]
+) -> Iterator[Any]:
     """The specifications of what the runtime calls for such a model."""
     yield own_spec()
     jit = functools.partial(importlib.import_module, package="flashinfer.jit")
     yield jit(".norm").gen_norm_module()
     yield jit(".activation").gen_act_and_mul_module(GATED_MODULES[model.activation])
     attention = jit(".attention.modules")
-    kind = (dtype, dtype, dtype, torch.int32, model.head_dim, model.head_dim)
+    kind = (dtype, cache_dtype, dtype, torch.int32, model.head_dim, model.head_dim)
     no_position, no_half = 0, False
     for window, cap in sorted(model.variants):
         yield attention.gen_batch_decode_module(*kind, no_position, window, cap)

@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include "tvm_ffi_utils.h"
@@ -76,6 +77,11 @@ __device__ __forceinline__ nv_bfloat16 from_float(float x) {
 template <>
 __device__ __forceinline__ half from_float(float x) {
   return __float2half(x);
+}
+
+template <>
+__device__ __forceinline__ __nv_fp8_e4m3 from_float(float x) {
+  return __nv_fp8_e4m3(x);  // what is too large becomes the largest
 }
 
 // So many elements that lie together, read and written at once.

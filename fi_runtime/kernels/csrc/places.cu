@@ -1,4 +1,6 @@
 // What comes between the projections of queries, keys and values and attention to them.
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace fi_runtime {
@@ -13,12 +15,24 @@ struct Places {
   int page_size;
 };
 
+template <typename Kept, typename T, int kCount>
+__device__ __forceinline__ Vector<Kept, kCount> kept(const Vector<T, kCount>& from) {
+  if constexpr (std::is_same_v<Kept, T>) {
+    return from;
+  } else {
+    Vector<Kept, kCount> to;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to.element[i] = from_float<Kept>(to_float(from.element[i]));
+    return to;
+  }
+}
+
 // A warp for each head of each token. A lane has as many elements of the first half of the head as
-// of the second, those that turn with them.
-template <typename T, int kHeadDim>
+// of the second, those that turn with them. The cache is in T, or in a type of fewer bytes.
+template <typename T, typename Kept, int kHeadDim>
 __global__ void place(const T* qkv, T* q_out, const T* __restrict__ q_gain,
-                      const T* __restrict__ k_gain, const float* __restrict__ cos_sin, T* keys,
-                      T* values, Places places, int tokens, int heads, int kv_heads,
+                      const T* __restrict__ k_gain, const float* __restrict__ cos_sin,
+                      Kept* keys, Kept* values, Places places, int tokens, int heads, int kv_heads,
                       int64_t qkv_stride, int64_t q_stride, int64_t page_stride,
                       int64_t token_stride, float eps) {
   constexpr int kEach = kHeadDim / 2 / kWarp;
@@ -58,18 +72,20 @@ __global__ void place(const T* qkv, T* q_out, const T* __restrict__ q_gain,
       b.element[i] = from_float<T>(y * cos + x * sin);
     }
   }
-  T* to;
   if (head < heads) {
-    to = q_out + token * q_stride + head * kHeadDim;
+    T* to = q_out + token * q_stride + head * kHeadDim;
+    *reinterpret_cast<Some*>(to + low) = a;
+    *reinterpret_cast<Some*>(to + high) = b;
   } else {
     const int row = places.rows == nullptr ? token : places.rows[token];
     const int page = places.pages[places.page_starts[row] + position / places.page_size];
     const bool key = head < heads + kv_heads;
-    to = (key ? keys : values) + page * page_stride + position % places.page_size * token_stride +
-         (head - heads - (key ? 0 : kv_heads)) * kHeadDim;
+    Kept* to = (key ? keys : values) + page * page_stride +
+               position % places.page_size * token_stride +
+               (head - heads - (key ? 0 : kv_heads)) * kHeadDim;
+    *reinterpret_cast<Vector<Kept, kEach>*>(to + low) = kept<Kept>(a);
+    *reinterpret_cast<Vector<Kept, kEach>*>(to + high) = kept<Kept>(b);
   }
-  *reinterpret_cast<Some*>(to + low) = a;
-  *reinterpret_cast<Some*>(to + high) = b;
   let_next_kernel_begin();
 }
 
@@ -92,20 +108,30 @@ void place_qkv(TensorView qkv, TensorView q_out, Optional<TensorView> q_gain,
   const Places places{data<int>(rows), data<int>(positions), data<int>(page_starts),
                       data<int>(pages), page_size};
   const int blocks = (tokens * (heads + 2 * kv_heads) * kWarp + kThreads - 1) / kThreads;
+  const bool fp8 = encode_dlpack_dtype(keys.dtype()) == float8_e4m3fn_code;
+  TVM_FFI_ICHECK(fp8 || keys.dtype() == qkv.dtype()) << "a cache of the same type, or of e4m3";
   DISPATCH_DLPACK_DTYPE_TO_CTYPE_FP16(qkv.dtype(), T, [&] {
-    auto run = [&](auto kernel) {
+    auto run = [&](auto kernel, auto* kept_keys, auto* kept_values) {
       launch(kernel, dim3(blocks), kThreads, get_stream(qkv.device()), data<T>(qkv), data<T>(q_out),
-             data<T>(q_gain), data<T>(k_gain), data<float>(cos_sin), data<T>(keys), data<T>(values),
+             data<T>(q_gain), data<T>(k_gain), data<float>(cos_sin), kept_keys, kept_values,
              places, tokens, heads, kv_heads, qkv.stride(0), q_out.stride(0), keys.stride(0),
              keys.stride(1), static_cast<float>(eps));
     };
-    if (head_dim == 64) {
-      run(place<T, 64>);
-    } else if (head_dim == 128) {
-      run(place<T, 128>);
+    auto of_size = [&](auto* kept_keys, auto* kept_values) {
+      using Kept = std::remove_pointer_t<decltype(kept_keys)>;
+      if (head_dim == 64) {
+        run(place<T, Kept, 64>, kept_keys, kept_values);
+      } else if (head_dim == 128) {
+        run(place<T, Kept, 128>, kept_keys, kept_values);
+      } else {
+        TVM_FFI_ICHECK(head_dim == 256) << "heads of 64, 128 or 256";
+        run(place<T, Kept, 256>, kept_keys, kept_values);
+      }
+    };
+    if (fp8) {
+      of_size(data<__nv_fp8_e4m3>(keys), data<__nv_fp8_e4m3>(values));
     } else {
-      TVM_FFI_ICHECK(head_dim == 256) << "heads of 64, 128 or 256";
-      run(place<T, 256>);
+      of_size(data<T>(keys), data<T>(values));
     }
     return true;
   });
