@@ -75,7 +75,8 @@ def limits_of(
     config = load_model_config(checkpoint)
     size = torch.bfloat16.itemsize
     head = config.vocab_size * config.hidden_size * size
-    once = weight_bytes(config, torch.bfloat16) - (0 if config.tied_embeddings else head)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    once = weight_bytes(config, torch.bfloat16, device) - (0 if config.tied_embeddings else head)
     experts, per_token, expert_bytes = 0, 0, 0
     if config.experts and config.experts.layers:
         experts, per_token = config.experts.count, config.experts.per_token

@@ -115,7 +115,7 @@ def examine(model_folder: Path) -> Report:
         checks.append(Check("checkpoint", "cannot be read", "problem", str(error)))
         return Report(checks)
     dtype = compute_dtype(config)
-    weights = weight_bytes(model, dtype)
+    weights = weight_bytes(model, dtype, torch.device(config.device))
     kernels = _kernels(config, gpu)
     checks += [
         Check("checkpoint", _describe(config, model, dtype)),

@@ -66,8 +66,8 @@ def test_missing_files(folder: Path) -> None:
         ),
         ({"hidden_size": "wide"}, ["hidden_size"]),
         (
-            {"quantization_config": {"quant_method": "fp8"}},
-            ["quantization_config", "float32, bfloat16"],
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            ["quantization_config has quant_method 'awq'", "supported are quant_method fp8"],
         ),
     ],
 )

@@ -16,12 +16,15 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Runner
 from fi_runtime.engine.step_graphs import GraphSizes, StepGraphs
 from fi_runtime.kernels import moe
+from fi_runtime.kernels.fp8 import has_products
 from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuilt
 from fi_runtime.kernels.prebuild import Compiled
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
 from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.config import DTYPES
 from fi_runtime.models.weights import CheckpointWeights, CountedWeights, DummyWeights, Weights
+
+CPU = torch.device("cpu")
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +114,10 @@ def compiled_in(model: ModelConfig) -> Compiled:
     return Compiled(model.head_dim, variants, model.activation)
 
 
-def weight_bytes(model_config: ModelConfig, dtype: torch.dtype) -> int:
-    """What a model's weights take, without reading them."""
-    counted = CountedWeights(dtype)
+def weight_bytes(model_config: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> int:
+    """What a model's weights take on a device, without reading them."""
+    fp8 = model_config.fp8 if has_products(device, dtype) else None
+    counted = CountedWeights(dtype, fp8)
     ARCHITECTURES[model_config.architecture].build(model_config, counted, 1)
     return counted.nbytes
 
@@ -144,7 +148,12 @@ def _load(
     config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
 ) -> Decoder:
     adapters = Adapters(config.adapters) if config.adapters else None
-    needed, available = weight_bytes(model_config, dtype), available_memory(device)
+    if adapters and model_config.fp8:
+        raise ConfigError(
+            f"{config.checkpoint}: adapters of weights in fp8 are not served; leave the knob "
+            "adapters out, or use the same checkpoint in bfloat16"
+        )
+    needed, available = weight_bytes(model_config, dtype, device), available_memory(device)
     needed += adapters.nbytes if adapters else 0
     if needed > available:
         raise ConfigError(
@@ -155,9 +164,9 @@ def _load(
     weights: Weights
     if config.load_format == "dummy":
         log.warning("load_format dummy: the weights are random, and so is every answer")
-        weights = DummyWeights(dtype, device)
+        weights = DummyWeights(dtype, device, model_config.fp8)
     else:
-        weights = CheckpointWeights(folder, dtype, device)
+        weights = CheckpointWeights(folder, dtype, device, model_config.fp8)
     positions = config.max_context or model_config.max_position
     family = ARCHITECTURES[model_config.architecture]
     model = family.build(model_config, weights, positions, adapters)

@@ -18,7 +18,7 @@ def is_few(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether ``x`` and a projection's weight, (out, in), are what these kernels are for."""
     return (
         x.is_cuda
-        and x.dtype == torch.bfloat16
+        and x.dtype == weight.dtype == torch.bfloat16
         and len(x) <= MOST_ROWS
         and weight.shape[0] % 16 == 0
         and weight.shape[1] % 32 == 0

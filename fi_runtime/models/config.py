@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from fi_runtime.attention.base import AttentionKind
 from fi_runtime.config import ConfigError
 from fi_runtime.kernels.activation import GATED_ACTIVATIONS
+from fi_runtime.models.fp8 import Fp8
 from fi_runtime.models.rope import Rope, head_dim, read_rope
 
 log = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class ModelConfig:
     final_soft_cap: float | None = None
     """logits x become final_soft_cap * tanh(x / final_soft_cap)"""
     experts: Experts | None = None
+    fp8: Fp8 | None = None
+    """of which projections the weights are stored in fp8; None: of none"""
 
 
 def read_common(

@@ -10,6 +10,7 @@ from fi_runtime.kernels.activation import GATED_ACTIVATIONS
 from fi_runtime.kernels.embedding import embed
 from fi_runtime.kernels.heads import Heads
 from fi_runtime.layers.adapted import AdaptedLinear
+from fi_runtime.layers.fp8 import Fp8Linear
 from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.mlp import GatedMLP
 from fi_runtime.layers.norm import OffsetRMSNorm, RMSNorm
@@ -202,13 +203,29 @@ class DecoderBuilder:
 
     def linear(self, outputs: dict[str, int], inputs: int, bias: bool) -> Linear:
         """One projection out of those named, their outputs one after another."""
-        weight = [self.weights.take(f"{name}.weight", (n, inputs)) for name, n in outputs.items()]
         biases = [self.weights.take(f"{name}.bias", (n,)) for name, n in outputs.items() if bias]
-        joined, joined_bias = _join(weight), _join(biases) if bias else None
+        joined_bias = _join(biases) if bias else None
+        if self.config.fp8 and self.weights.keeps_fp8(outputs, inputs):
+            codes, scales = zip(
+                *(
+                    self.weights.take_fp8(f"{name}.weight", (n, inputs))
+                    for name, n in outputs.items()
+                ),
+                strict=True,
+            )
+            blocks = self.config.fp8.blocks
+            return Fp8Linear(_join(list(codes)), _join(list(scales)), blocks, joined_bias)
+        joined = self.weight(outputs, inputs)
         added = self._adapters.take(outputs, inputs, joined) if self._adapters else None
         if added is None:
             return Linear(joined, joined_bias)
         return AdaptedLinear(joined, joined_bias, added.a, added.b)
+
+    def weight(self, outputs: dict[str, int], inputs: int) -> torch.Tensor:
+        """Of those named, one after another, in the dtype of the weights: (out, in)."""
+        return _join(
+            [self.weights.take(f"{name}.weight", (n, inputs)) for name, n in outputs.items()]
+        )
 
     def _head_norm(self, name: str) -> torch.Tensor | None:
         if not self.qk_norm:

@@ -1,5 +1,7 @@
 """Gemma 3's text models (Gemma team, 2025): norms on queries and keys, windows turn otherwise."""
 
+from collections.abc import Mapping
+
 import torch
 from transformers import PretrainedConfig
 
@@ -28,6 +30,13 @@ class _TextWeights:
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._weights.take(f"language_model.{name}", shape)
+
+    def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
+        named = {f"language_model.{name}": count for name, count in outputs.items()}
+        return self._weights.keeps_fp8(named, inputs)
+
+    def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._weights.take_fp8(f"language_model.{name}", shape)
 
     def close(self) -> None:
         self._weights.close()

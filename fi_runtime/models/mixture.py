@@ -18,12 +18,17 @@ class MixtureBuilder(DecoderBuilder):
             return super().mlp(layer, norm, post_norm)
         prefix = f"model.layers.{layer}.mlp"
         names = [f"{prefix}.experts.{expert}" for expert in range(experts.count)]
-        size = experts.intermediate_size
+        size, hidden = experts.intermediate_size, config.hidden_size
         return MixtureOfExperts(
             norm,
             router=self.linear({f"{prefix}.gate": experts.count}, config.hidden_size, bias=False),
-            gate_up=torch.stack([self.gate_up(name, size).weight for name in names]),
-            down=torch.stack([self.down(name, size).weight for name in names]),
+            gate_up=torch.stack(
+                [
+                    self.weight({f"{name}.{part}_proj": size for part in ("gate", "up")}, hidden)
+                    for name in names
+                ]
+            ),
+            down=torch.stack([self.weight({f"{name}.down_proj": hidden}, size) for name in names]),
             per_token=experts.per_token,
             normalised=experts.normalised,
             activation=self.activation,

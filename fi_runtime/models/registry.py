@@ -6,7 +6,8 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from fi_runtime.config import ConfigError
-from fi_runtime.models.config import DTYPES, ModelConfig, read_json
+from fi_runtime.models.config import ModelConfig, read_json
+from fi_runtime.models.fp8 import read_fp8
 from fi_runtime.models.gemma2 import GEMMA2
 from fi_runtime.models.gemma3 import GEMMA3, GEMMA3_WITH_IMAGES
 from fi_runtime.models.llama import LLAMA
@@ -55,15 +56,14 @@ def load_model_config(folder: Path) -> ModelConfig:
         found = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a malformed file makes transformers raise
         raise ConfigError(f"{path}: {error}") from error
-    if getattr(found, "quantization_config", None):
-        raise ConfigError(
-            f"{path}: has a quantization_config; supported are checkpoints in {', '.join(DTYPES)}"
-        )
+    quantisation = getattr(found, "quantization_config", None)
     try:
         config = ARCHITECTURES[name].read(found)
+        fp8 = read_fp8(quantisation) if quantisation else None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return dataclasses.replace(config, architecture=name, eos_ids=_eos_ids(folder, found))
+    eos_ids = _eos_ids(folder, found)
+    return dataclasses.replace(config, architecture=name, eos_ids=eos_ids, fp8=fp8)
 
 
 def _eos_ids(folder: Path, found: PretrainedConfig) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ import logging
 import math
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fi_runtime.config import ConfigError
+from fi_runtime.kernels.fp8 import BLOCK, FP8, dequantised, fits, has_products
 from fi_runtime.models.config import DTYPES, read_json
+from fi_runtime.models.fp8 import Fp8
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,18 @@ class Weights(Protocol):
     """Where a model takes its tensors from while it is built."""
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor of that name, which must have that shape."""
+        """The tensor of that name, which must have that shape; what is in fp8 as it is meant."""
+
+    def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
+        """Whether projections can be taken as they are stored, in fp8, to be joined.
+
+        Args:
+            outputs: names of the projections, and how many outputs each has.
+            inputs: of each.
+        """
+
+    def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight in fp8 and its scale, as ``dequantised`` takes them."""
 
     def close(self) -> None:
         """All that was needed has been taken."""
@@ -40,14 +54,21 @@ class CheckpointWeights:
     memory is taken by tensors that stay on the CPU in another dtype than the file's, and by two
     staging buffers for a GPU; never by a file.
 
+    Args:
+        fp8: what is stored in fp8, if anything is.
+
     Raises:
         ConfigError: a file missing, truncated or otherwise unreadable, naming it; at once, not
             when the tensor is taken.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, device: torch.device, fp8: Fp8 | None = None
+    ) -> None:
         self._folder = folder
         self._dtype = dtype
+        self._device = device
+        self._fp8 = fp8
         self._files: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
         for file in _files(folder):
@@ -55,7 +76,7 @@ class CheckpointWeights:
             self._files[file] = handle
             self._file_of.update(dict.fromkeys(handle.keys(), file))
         self._left = set(self._file_of)
-        self._staging = _Staging(dtype, device) if device.type == "cuda" else None
+        self._staging = _Staging(device) if device.type == "cuda" else None
         self._progress = _Progress(folder, sum((folder / f).stat().st_size for f in self._files))
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -67,28 +88,74 @@ class CheckpointWeights:
         Raises:
             ConfigError: no such tensor, or one of another shape.
         """
+        tensor = self._read(name, [shape])
+        if self._fp8 and tensor.dtype == FP8:
+            return dequantised(*self._with_scale(name, tensor)).to(self._dtype)
+        if tensor.dtype not in DTYPES.values():
+            raise ConfigError(
+                f"{self._folder / self._file_of[name]}: tensor {name} has dtype {tensor.dtype}; "
+                f"supported are {', '.join(DTYPES)}"
+            )
+        return self._to_device(tensor, self._dtype)
+
+    def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
+        """Where there are products for them, and all of them are in fp8."""
+        return (
+            self._fp8 is not None
+            and has_products(self._device, self._dtype)
+            and fits(outputs.values(), inputs, self._fp8.blocks)
+            and all(self._is_fp8(f"{name}.weight") for name in outputs)
+        )
+
+    def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Likewise, as it is stored.
+
+        Raises:
+            ConfigError: no such tensor, one of another shape, or no scale for it.
+        """
+        return self._with_scale(name, self._read(name, [shape]))
+
+    def _is_fp8(self, name: str) -> bool:
+        file = self._file_of.get(name)
+        return file is not None and self._files[file].get_slice(name).get_dtype() == "F8_E4M3"
+
+    def _with_scale(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight in fp8 on the device, and its scale in float32."""
+        assert self._fp8 is not None
+        outputs, inputs = tensor.shape
+        shapes: list[tuple[int, ...]] = [(), (1,), (outputs,), (outputs, 1)]
+        if self._fp8.blocks:
+            shapes = [(-(-outputs // BLOCK), -(-inputs // BLOCK))]
+        module = name.removesuffix("weight")
+        # Of what it is multiplied with; each row's own is nearer.
+        self._left.discard(f"{module}input_scale")
+        scale = self._to_device(self._read(module + self._fp8.scale_name, shapes), torch.float32)
+        if not self._fp8.blocks:
+            scale = scale.reshape(-1, 1).expand(outputs, 1)
+        return self._to_device(tensor, FP8), scale
+
+    def _read(self, name: str, shapes: list[tuple[int, ...]]) -> torch.Tensor:
+        """A tensor of one of these shapes, in its file's memory."""
         if name not in self._file_of:
             raise ConfigError(
                 f"{self._folder}: tensor {name} is in none of its {len(self._files)} safetensors "
-                f"files; expected one of shape {list(shape)}"
+                f"files; expected one of shape {_either(shapes)}"
             )
         file = self._file_of[name]
         try:
             tensor: torch.Tensor = self._files[file].get_tensor(name)
         except (SafetensorError, RuntimeError) as error:
             raise ConfigError(f"{self._folder / file}: tensor {name}: {error}") from error
-        if tuple(tensor.shape) != shape:
+        if tuple(tensor.shape) not in shapes:
             raise ConfigError(
                 f"{self._folder / file}: tensor {name} has shape {list(tensor.shape)}; "
-                f"expected {list(shape)} from config.json"
-            )
-        if tensor.dtype not in DTYPES.values():
-            raise ConfigError(
-                f"{self._folder / file}: tensor {name} has dtype {tensor.dtype}; "
-                f"supported are {', '.join(DTYPES)}"
+                f"expected {_either(shapes)} from config.json"
             )
         self._left.discard(name)
-        taken = self._staging.upload(tensor) if self._staging else tensor.to(self._dtype)
+        return tensor
+
+    def _to_device(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        taken = self._staging.upload(tensor, dtype) if self._staging else tensor.to(dtype)
         self._progress.add(tensor.nbytes)
         return taken
 
@@ -108,29 +175,28 @@ class _Staging:
     From memory that is not pinned, the driver copies piece by piece while the host waits.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._size = STAGING_BYTES // dtype.itemsize
         self._turns = itertools.cycle(
             [
                 (
-                    torch.empty(self._size, dtype=dtype, pin_memory=True),
+                    torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True),
                     torch.cuda.Event(),  # type: ignore[no-untyped-call]
                 )
                 for _ in range(2)
             ]
         )
 
-    def upload(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the GPU in the buffers' dtype; its last part may be on its way."""
-        uploaded = torch.empty(tensor.shape, dtype=self._dtype, device=self._device)
-        parts = torch.split(tensor.flatten(), self._size)
-        places = torch.split(uploaded.view(-1), self._size)
+    def upload(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The tensor on the GPU in that dtype; its last part may be on its way."""
+        size = STAGING_BYTES // dtype.itemsize
+        uploaded = torch.empty(tensor.shape, dtype=dtype, device=self._device)
+        parts = torch.split(tensor.flatten(), size)
+        places = torch.split(uploaded.view(-1), size)
         for part, place in zip(parts, places, strict=True):
             buffer, copied = next(self._turns)
             copied.synchronize()
-            staged = buffer[: len(part)].copy_(part)
+            staged = buffer.view(dtype)[: len(part)].copy_(part)
             place.copy_(staged, non_blocking=True)
             copied.record()
         return uploaded
@@ -169,9 +235,21 @@ class DummyWeights:
     Norms are 1, all else is normal with a standard deviation of 0.02, as models are initialised.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, fp8: Fp8 | None = None) -> None:
         self._dtype = dtype
         self._device = device
+        self._fp8 = fp8 if has_products(device, dtype) else None
+
+    def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
+        return _said_to_keep(self._fp8, outputs, inputs)
+
+    def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``take`` makes, of scales that are alike."""
+        assert self._fp8 is not None
+        outputs, inputs = shape
+        scales = (outputs // BLOCK, inputs // BLOCK) if self._fp8.blocks else (outputs, 1)
+        scale = torch.full(scales, 2.0**-10, device=self._device)
+        return (self.take(name, shape) * 2.0**10).to(FP8), scale
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """Make a tensor on the device, of a name's own random numbers."""
@@ -186,11 +264,24 @@ class DummyWeights:
 
 
 class CountedWeights:
-    """Takes no memory: counts what the tensors of a model would take."""
+    """Takes no memory: counts what the tensors of a model would take.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Args:
+        fp8: what stays in fp8, if anything does.
+    """
+
+    def __init__(self, dtype: torch.dtype, fp8: Fp8 | None = None) -> None:
         self._dtype = dtype
+        self._fp8 = fp8
         self.nbytes = 0
+
+    def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
+        return _said_to_keep(self._fp8, outputs, inputs)
+
+    def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without elements; the scales' few are not counted."""
+        self.nbytes += math.prod(shape) * FP8.itemsize
+        return torch.empty(0, dtype=FP8), torch.empty((0, 1))
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """A tensor without elements."""
@@ -199,6 +290,17 @@ class CountedWeights:
 
     def close(self) -> None:
         """Nothing is held open."""
+
+
+def _said_to_keep(fp8: Fp8 | None, outputs: Mapping[str, int], inputs: int) -> bool:
+    """Whether projections that are not read are of those that stay in fp8."""
+    if fp8 is None or not fits(outputs.values(), inputs, fp8.blocks):
+        return False
+    return all(fp8.stores(name) for name in outputs)
+
+
+def _either(shapes: list[tuple[int, ...]]) -> str:
+    return " or ".join(str(list(shape)) for shape in shapes)
 
 
 def _files(folder: Path) -> list[str]:
