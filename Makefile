@@ -16,9 +16,9 @@ serve: ## set up what is missing, then run tritonserver here until Ctrl-C (ARGS:
 	@exec $(python) -m tools.serve $(ARGS)
 
 .PHONY: test
-test: ## set up what is missing, then run the tests (ARGS: pytest's)
+test: ## set up what is missing, then run the tests, two at a time (ARGS: pytest's)
 	@$(setup) --extras test --perf
-	@exec $(python) -m pytest $(ARGS)
+	@exec $(python) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 .PHONY: faults
 faults: ## the fault tests in their long form: 100 kills of the engine, 20,000 connects (ARGS: pytest's)

@@ -33,6 +33,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file share one, and those of the GPU.
+
+    A file's tests share a server; and engines on a GPU would take each other's memory.
+    """
+    for item in items:
+        group = "gpu" if item.get_closest_marker("gpu") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 _SHAPE = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
