@@ -166,7 +166,7 @@ def main(
 
     def serving() -> None:
         counts = (text for count in STREAMS for text in ("--concurrency", str(count)))
-        options = ("--tokens", "256", "--rounds", "4", "--front-ends", "8")
+        options = ("--tokens", "256", "--rounds", "8", "--front-ends", "4")
         measure("serving", *PEERS, *counts, *options)
 
     known: dict[str, Callable[[], None]] = {
