@@ -226,6 +226,9 @@ class DoorConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     engine_start_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds to wait for the engine to load its checkpoint")
     ] = 600.0
+    log_requests: Annotated[
+        bool, Meta(description="a line in the log for each request, when it has ended")
+    ] = False
 
 
 def split_parameters(parameters: dict[str, str], model: str) -> tuple[DoorConfig, dict[str, str]]:

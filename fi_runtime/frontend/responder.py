@@ -8,6 +8,7 @@ import triton_python_backend_utils as pb
 
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.replies import Tensors
+from fi_runtime.frontend.request_log import RequestRecord
 
 log = logging.getLogger(__name__)
 
@@ -19,10 +20,17 @@ class Responder:
     its client has gone would read freed memory. So both happen under a lock.
     """
 
-    def __init__(self, sender: Any, batched: bool) -> None:
-        """``batched``: whether the model's tensors have a batch dimension."""
+    def __init__(self, sender: Any, batched: bool, record: RequestRecord | None = None) -> None:
+        """Of a new request.
+
+        Args:
+            sender: Triton's.
+            batched: whether the model's tensors have a batch dimension.
+            record: to be written at the request's end.
+        """
         self._sender = sender
         self._batched = batched
+        self.record = record
         self._lock = threading.Lock()
         self._ended = False
 
@@ -45,21 +53,24 @@ class Responder:
             pb.Tensor(name, value[None] if self._batched else value)
             for name, value in tensors.items()
         ]
-        return self._send(pb.InferenceResponse(outputs), last)
+        return self._send(pb.InferenceResponse(outputs), "answered" if last else "")
 
     def fail(self, error: RequestError) -> None:
         """End the request with an error, unless its last response is out. Never raises."""
         try:
             triton_error = pb.TritonError(str(error), getattr(pb.TritonError, error.code))
-            self._send(pb.InferenceResponse(error=triton_error), last=True)
+            self._send(pb.InferenceResponse(error=triton_error), error.code)
         except Exception:
             log.exception("a request could not even be told: %s", error)
 
-    def _send(self, response: Any, last: bool) -> bool:
-        flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    def _send(self, response: Any, end: str) -> bool:
+        """``end``: how the request ends with this response; empty if it goes on."""
+        flags = pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL if end else 0
         with self._lock:
             if self._ended:
                 return False
             self._sender.send(response, flags=flags)
-            self._ended = last
-            return True
+            self._ended = bool(end)
+        if end and self.record is not None:
+            self.record.write(end)
+        return True

@@ -32,6 +32,7 @@ from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.one_core import OneCore
 from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
+from fi_runtime.frontend.request_log import RequestRecord
 from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.frontend.restarts import PROVEN_S, Restarts
@@ -123,7 +124,8 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
         for request in requests:
-            responder = Responder(request.get_response_sender(), self._batched)
+            record = RequestRecord(request.request_id()) if self._log_requests else None
+            responder = Responder(request.get_response_sender(), self._batched, record)
             try:
                 self._submit(request, responder)
             except RequestError as error:
@@ -155,6 +157,7 @@ class TritonPythonModel:
             for key, value in json.loads(args["model_config"]).get("parameters", {}).items()
         }
         door, own = split_parameters(parameters, name)
+        self._log_requests = door.log_requests
         self._grouping = Grouping(door.stream_interval, door.max_group_tokens or MAX_INT32)
         if door.engine:
             config = read_engine_config(folder.parent / door.engine, device)
@@ -204,6 +207,8 @@ class TritonPythonModel:
         self._next_number = numbers.stop
         deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
         times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
+        if responder.record is not None:
+            responder.record.times = times
         answer = Answer(parsed, self._tokenizer, self._grouping)
         # A request that no engine has heard of is not hurt by an engine's death: it waits.
         has_credit = False
