@@ -402,7 +402,10 @@ class Soak:
             while (now := time.monotonic()) < end:
                 if now >= due and now < end - calm_s:
                     self.faults.append(next(self._next_fault)())
-                    self._show(f"{self.faults[-1].what}; {len(self.sent)} requests so far")
+                    held = sum(memory_mb(self.server).values())
+                    self._show(
+                        f"{self.faults[-1].what}; {len(self.sent)} requests so far, {held:.0f} MB"
+                    )
                     due = max(due, time.monotonic()) + fault_every_s
                 time.sleep(PAUSE_S)
         finally:
@@ -671,12 +674,13 @@ def main(
         show(f"{len(expected)} requests answered alone")
         soak = Soak(server, expected, clients, show)
         # Of a server that has seen all of it, faults included, memory may stay what it is.
-        soak.traffic(max(30.0, seconds / 6), fault_every_s=seconds / 30)
+        warm_up_s = max(60.0, seconds / 6)
+        soak.traffic(warm_up_s, fault_every_s=warm_up_s / 8, calm_s=warm_up_s / 2)
         pages_held(server)
         before = memory_mb(server)
         show(f"memory at the start: {before}")
         begin = time.monotonic()
-        soak.traffic(seconds, fault_every, calm_s=max(15.0, seconds / 10))
+        soak.traffic(seconds, fault_every, calm_s=max(20.0, seconds / 10))
         leaked = pages_held(server)
         row = row_of(soak, time.monotonic() - begin, before, leaked)
         for one in soak.lost()[:20]:
