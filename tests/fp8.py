@@ -54,7 +54,7 @@ def quantise(model: PreTrainedModel, folder: Path, kind: str) -> PreTrainedModel
         rows, columns = {"a tensor's": (out, inner), "a row's": (1, inner)}.get(kind, (128, 128))
         tall, wide = math.ceil(out / rows), math.ceil(inner / columns)
         scale = torch.empty(tall, wide)
-        codes, dequantised = torch.empty_like(weight, dtype=FP8), torch.empty_like(weight)
+        codes, dequantised = (torch.empty(out, inner, dtype=kept) for kept in (FP8, torch.float32))
         for i in range(tall):
             for j in range(wide):
                 part = slice(i * rows, (i + 1) * rows), slice(j * columns, (j + 1) * columns)
@@ -62,7 +62,7 @@ def quantise(model: PreTrainedModel, folder: Path, kind: str) -> PreTrainedModel
                 # Published scales of blocks are in bfloat16, too.
                 scale[i, j] = (block.abs().max() / 448).bfloat16().float()
                 codes[part] = (block / scale[i, j]).clamp(-448, 448).to(FP8)
-                dequantised[part] = (codes[part].float() * scale[i, j]).to(weight.dtype)
+                dequantised[part] = codes[part].float() * scale[i, j]
         tensors[key], meant[key] = codes, dequantised
         module = key.removesuffix("weight")
         if kind == "a tensor's":
@@ -83,6 +83,21 @@ def quantise(model: PreTrainedModel, folder: Path, kind: str) -> PreTrainedModel
                 _join(key, parameter, meant)
     assert not meant, f"not in the model: {list(meant)[:3]}"
     return model
+
+
+def round_inputs(model: torch.nn.Module, kind: str) -> None:
+    """Have the projections of layers that are in fp8 round their rows."""
+
+    def rounded(_: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+        (x,) = inputs
+        groups = x.unflatten(-1, (-1, 128 if "block" in kind else x.shape[-1]))
+        scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+        return ((groups / scales).to(FP8).float() * scales).flatten(-2)
+
+    for name, module in model.named_modules():
+        skipped = kind == "a block's" and ".layers.0.self_attn" in name
+        if isinstance(module, torch.nn.Linear) and name.endswith("_proj") and not skipped:
+            module.register_forward_pre_hook(rounded)
 
 
 def _join(key: str, parameter: torch.Tensor, meant: dict[str, torch.Tensor]) -> None:

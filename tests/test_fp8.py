@@ -18,7 +18,7 @@ from fi_runtime.layers import fp8 as layers
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import load_model_config, weights
 from tests.adapters import write_adapter
-from tests.fp8 import BLOCKS, FORMATS, PLAIN, compressed, quantise
+from tests.fp8 import BLOCKS, FORMATS, PLAIN, compressed, quantise, round_inputs
 
 FP8 = torch.float8_e4m3fn
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, seed=0, logprobs=0)
@@ -95,21 +95,6 @@ def test_products_in_fp8_are_as_near_as_rounded_rows(
     assert unrounded > 1e-4, "rounding is seen at all"
     round_inputs(model, kind)
     assert error() < unrounded / 20
-
-
-def round_inputs(model: torch.nn.Module, kind: str) -> None:
-    """Have the projections of layers that are in fp8 round their rows."""
-
-    def rounded(_: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
-        (x,) = inputs
-        groups = x.unflatten(-1, (-1, 128 if "block" in kind else x.shape[-1]))
-        scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
-        return ((groups / scales).to(FP8).float() * scales).flatten(-2)
-
-    for name, module in model.named_modules():
-        skipped = kind == "a block's" and ".layers.0.self_attn" in name
-        if isinstance(module, torch.nn.Linear) and name.endswith("_proj") and not skipped:
-            module.register_forward_pre_hook(rounded)
 
 
 @pytest.mark.parametrize(
