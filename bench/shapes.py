@@ -5,9 +5,11 @@ tokenizer has as many tokens as the model, so that text costs what it costs: the
 prompts become, and made-up words.
 """
 
+import copy
 import itertools
 import string
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -85,6 +87,38 @@ SHAPES: dict[str, PretrainedConfig] = {
     ),
 }
 
+
+def _in_fp8(name: str, quantisation: dict[str, Any]) -> PretrainedConfig:
+    config = copy.deepcopy(SHAPES[name])
+    config.quantization_config = quantisation
+    return config
+
+
+SHAPES |= {
+    # huggingface.co/RedHatAI/Meta-Llama-3.1-8B-Instruct-FP8-dynamic
+    "Llama-3.1-8B-FP8": _in_fp8(
+        "Llama-3.1-8B",
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "type": "float", "strategy": "channel"},
+                }
+            },
+            "ignore": ["lm_head"],
+        },
+    ),
+    # huggingface.co/Qwen/Qwen3-14B-FP8
+    "Qwen3-14B-FP8": _in_fp8(
+        "Qwen3-14B",
+        {
+            "quant_method": "fp8",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head"],
+        },
+    ),
+}
 
 PEERS = ("Qwen3-0.6B", "Llama-3.1-8B")
 """those that everything is measured with, as its peers were"""

@@ -34,6 +34,7 @@ from fi_runtime.engine.build import (
     cache_dtype,
     check_gpu_has_kernels,
     compute_dtype,
+    load_adapters,
     weight_bytes,
 )
 from fi_runtime.frontend.repository import read_engine_config
@@ -44,7 +45,6 @@ from fi_runtime.kernels.library import (
     use_prebuilt,
 )
 from fi_runtime.models import CheckpointWeights, ModelConfig, load_model_config
-from fi_runtime.models.adapters import Adapters
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def examine(model_folder: Path) -> Report:
     checks += [
         Check("checkpoint", _describe(config, model, dtype)),
         _weights(config, weights),
-        *_adapters(config),
+        *_adapters(config, model),
         _host_memory(0 if gpu else weights),
         _cache_room(config, model, weights),
         kernels,
@@ -264,7 +264,8 @@ def _describe(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> s
     return (
         f"{model.architecture}, {model.layers} layers, {model.heads} query and {model.kv_heads} "
         f"key/value heads of {model.head_dim}, hidden size {model.hidden_size}, "
-        f"{str(dtype).removeprefix('torch.')}, pages of {config.page_size} tokens in "
+        f"{str(dtype).removeprefix('torch.')}{', stored in fp8' if model.fp8 else ''}, "
+        f"pages of {config.page_size} tokens in "
         f"{str(cache_dtype(config)).removeprefix('torch.')}"
     )
 
@@ -284,14 +285,14 @@ def _weights(config: EngineConfig, nbytes: int) -> Check:
     return Check("weights", f"{value}, {_gib(on_disk)} on disk")
 
 
-def _adapters(config: EngineConfig) -> list[Check]:
-    """Whether they can be read; nothing where there are none."""
-    if not config.adapters:
-        return []
+def _adapters(config: EngineConfig, model: ModelConfig) -> list[Check]:
+    """Whether they can be served; nothing where there are none."""
     try:
-        adapters = Adapters(config.adapters)
+        adapters = load_adapters(config, model)
     except ConfigError as error:
         return [Check("adapters", "cannot be read", "problem", str(error))]
+    if adapters is None:
+        return []
     value = f"{', '.join(adapters.names)}: {_gib(adapters.nbytes)} on disk"
     return [Check("adapters", value)]
 

@@ -34,6 +34,8 @@ PUBLISHED = {
     "Qwen3-14B": 14_768_307_200,
     "Llama-3.1-8B": 8_030_261_248,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Llama-3.1-8B-FP8": 8_030_261_248,
+    "Qwen3-14B-FP8": 14_768_307_200,
 }
 """parameters, as counted on the models' pages"""
 

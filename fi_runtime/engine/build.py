@@ -144,15 +144,26 @@ def _find_kernels(folder: Path) -> None:
         )
 
 
-def _load(
-    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> Decoder:
-    adapters = Adapters(config.adapters) if config.adapters else None
-    if adapters and model_config.fp8:
+def load_adapters(config: EngineConfig, model_config: ModelConfig) -> Adapters | None:
+    """Those that a model is to have, opened; None: it is to have none.
+
+    Raises:
+        ConfigError: they cannot be served; says what was found and what is supported.
+    """
+    if not config.adapters:
+        return None
+    if model_config.fp8:
         raise ConfigError(
             f"{config.checkpoint}: adapters of weights in fp8 are not served; leave the knob "
             "adapters out, or use the same checkpoint in bfloat16"
         )
+    return Adapters(config.adapters)
+
+
+def _load(
+    config: EngineConfig, model_config: ModelConfig, dtype: torch.dtype, device: torch.device
+) -> Decoder:
+    adapters = load_adapters(config, model_config)
     needed, available = weight_bytes(model_config, dtype, device), available_memory(device)
     needed += adapters.nbytes if adapters else 0
     if needed > available:
@@ -167,6 +178,13 @@ def _load(
         weights = DummyWeights(dtype, device, model_config.fp8)
     else:
         weights = CheckpointWeights(folder, dtype, device, model_config.fp8)
+    if model_config.fp8:
+        log.info(
+            "weights in fp8 %s",
+            "stay so where there are products for them"
+            if has_products(device, dtype)
+            else f"become {str(dtype).removeprefix('torch.')}, which products here are in",
+        )
     positions = config.max_context or model_config.max_position
     family = ARCHITECTURES[model_config.architecture]
     model = family.build(model_config, weights, positions, adapters)
