@@ -39,8 +39,10 @@ GPU_TESTS = (
     "tests/test_gpu.py",
     "tests/test_gpu_adapters.py",
     "tests/test_gpu_families.py",
+    "tests/test_gpu_fp8.py",
     "tests/test_gpu_timing.py",
     "tests/test_guides.py",
+    "tests/test_loading.py",
 )
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
