@@ -89,15 +89,16 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, count))
                 budget -= count - 1
                 effort -= count * _weight(sequence)
+        total = sum(chunk.count for chunk in chunks)
         while self.waiting and self._free_slots and budget > 0 and effort >= 1:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence):
                 break  # one that was set back is computed again once all its tokens are known
             self.waiting.popleft()
             self.running.append(sequence)
-            before = sum(chunk.count for chunk in chunks)
-            count = _next_tokens(sequence, budget, effort, before)
+            count = _next_tokens(sequence, budget, effort, total)
             chunks.append(self._chunk(sequence, count))
+            total += count
             budget -= count
             effort -= count * _weight(sequence)
         return chunks

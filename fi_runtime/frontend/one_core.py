@@ -11,6 +11,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 CHECK_S = 1.0
+TICKS = os.sysconf("SC_CLK_TCK")
+"""a second, in which the kernel counts what it has run"""
 FEW_CORES = 4
 """with fewer there is little to choose from, and little to gain"""
 BUSY, CALM = 0.3, 0.1
@@ -41,7 +43,8 @@ class OneCore:
         self._allowed = sorted(os.sched_getaffinity(0))
         self._core: int | None = None
         self._checked = time.monotonic()
-        self._taken, self._own = _busy_s(), self._own_s()
+        self._taken: dict[int, float] = {}
+        self._own = 0.0
 
     def check(self) -> None:
         """Look where the threads should be; to be called more often than CHECK_S. Never raises."""
@@ -51,14 +54,15 @@ class OneCore:
             return
         try:
             taken, own = _busy_s(), self._own_s()
-            shares = {
-                core: max(0.0, taken.get(core, 0.0) - self._taken.get(core, 0.0)) / elapsed
-                for core in self._allowed
-            }
-            core = place((own - self._own) / elapsed, shares, self._core)
+            if self._taken:  # the first look has nothing to compare with
+                shares = {
+                    core: max(0.0, taken.get(core, 0.0) - self._taken.get(core, 0.0)) / elapsed
+                    for core in self._allowed
+                }
+                core = place((own - self._own) / elapsed, shares, self._core)
+                if core != self._core:
+                    self._move(core)
             self._checked, self._taken, self._own = now, taken, own
-            if core != self._core:
-                self._move(core)
         except OSError as error:  # cores may be taken from a container while it runs
             log.warning("threads are not kept on one core any more: %s", error)
             self._allowed = []
@@ -71,12 +75,17 @@ class OneCore:
         self._core = core
 
     def _own_s(self) -> float:
-        """Seconds that the threads have run so far."""
-        return sum(
-            time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-            for thread in self._threads
-            if thread.ident is not None and thread.is_alive()
-        )
+        """Seconds that the threads have run so far.
+
+        RACE: one may just have ended, of which the clock of its pthread must not be asked.
+        """
+        seconds = 0.0
+        for thread in self._threads:
+            stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text(encoding="utf-8")
+            # Its name, in brackets, may have blanks; then user and system are the 12th and 13th.
+            user, system = stat.rpartition(")")[2].split()[11:13]
+            seconds += (int(user) + int(system)) / TICKS
+        return seconds
 
 
 def place(own: float, shares: Mapping[int, float], core: int | None) -> int | None:
@@ -101,12 +110,11 @@ def place(own: float, shares: Mapping[int, float], core: int | None) -> int | No
 
 def _busy_s() -> dict[int, float]:
     """Seconds that each core of the machine has been in use."""
-    tick = os.sysconf("SC_CLK_TCK")
     busy = {}
     for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
         name, *fields = line.split()
         if name.startswith("cpu") and name != "cpu":
             user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
             total = user + nice + system + irq + softirq + steal
-            busy[int(name.removeprefix("cpu"))] = total / tick
+            busy[int(name.removeprefix("cpu"))] = total / TICKS
     return busy
