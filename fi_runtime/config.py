@@ -30,7 +30,7 @@ class ConfigError(ValueError):
     """A knob, a checkpoint or a machine that cannot be served, with what to do about it."""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
+class RequestLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a request may ask for, whatever door of an engine it comes by."""
 
     max_prompt_tokens: Annotated[
@@ -61,7 +61,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     ] = 3600.0
 
 
-class EngineConfig(Limits, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class EngineConfig(RequestLimits, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an engine is started with. Token counts are in tokens, sizes of pages too.
 
     ``device`` is no knob: the kind of the model's instance group says it.

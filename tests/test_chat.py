@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from fi_runtime.config import Limits
+from fi_runtime.config import RequestLimits
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.messages import EngineInfo
@@ -97,7 +97,7 @@ def write(folder: Path, template: str | None, adds_bos: bool = False) -> Tokeniz
 def parse(folder: Path, tokenizer: Tokenizer, messages: object, **inputs: Any) -> Request:
     given = messages if isinstance(messages, str | bytes) else json.dumps(messages)
     tensors = {name: tensor(value) for name, value in {"messages": given, **inputs}.items()}
-    return parse_request(tensors, {}, Served.of(folder, tokenizer, INFO, Limits()))
+    return parse_request(tensors, {}, Served.of(folder, tokenizer, INFO, RequestLimits()))
 
 
 def refused(folder: Path, tokenizer: Tokenizer, messages: object, **inputs: Any) -> str:

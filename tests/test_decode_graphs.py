@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from fi_runtime.config import EngineConfig
 from fi_runtime.engine import capture
 from fi_runtime.engine.decode_graphs import padded_sizes
 from fi_runtime.engine.step_graphs import GraphSizes, padded_piece_counts, padded_token_counts
+from fi_runtime.engine.step_inputs import StepInputs
 
 
 @given(st.integers(1, 4096))
@@ -44,6 +46,17 @@ def test_without_decode_graphs_there_are_none_for_short_prompts() -> None:
     sizes = GraphSizes.of(EngineConfig(checkpoint="", decode_graphs=0, piece_graphs=0))
     assert len(sizes) == 0
     assert max(GraphSizes.of(EngineConfig(checkpoint="", decode_graphs=8)).tokens) == 16
+
+
+def test_a_step_without_adapters_leaves_none_of_the_one_before() -> None:
+    inputs = StepInputs(8, adapters=True, device=torch.device("cpu"))
+    tokens, adapters = inputs.first(4)
+    assert adapters is not None
+    inputs.fill(np.array([5, 6, 7]), np.array([1, 0, 2]))
+    assert (tokens.tolist(), adapters.tolist()) == ([5, 6, 7, 0], [1, 0, 2, 0])
+    inputs.fill(np.array([8, 9]), None)
+    assert (tokens.tolist()[:2], adapters.tolist()[:2]) == ([8, 9], [0, 0])
+    assert StepInputs(8, adapters=False, device=torch.device("cpu")).first(4)[1] is None
 
 
 def test_the_largest_is_captured_first_and_each_is_said_to_take_what_it_took(

@@ -7,14 +7,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fi_runtime.config import Limits
+from fi_runtime.config import RequestLimits
 from fi_runtime.frontend.replies import Answer, Grouping, Tensors
 from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.messages import EngineInfo, Output
 from tests.test_text import BYTES
 
 INFO = EngineInfo(pid=1, vocab_size=256, max_context=1000, tokenizer="")
-SERVED = Served.of(Path("nowhere"), BYTES, INFO, Limits())
+SERVED = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits())
 FLAGS = (
     "stream",
     "return_finish_reason",

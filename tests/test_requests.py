@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fi_runtime.config import ConfigError, Limits
+from fi_runtime.config import ConfigError, RequestLimits
 from fi_runtime.frontend.deadline import Deadline
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request, Served, parse_request
@@ -16,7 +16,7 @@ from fi_runtime.messages import EngineInfo
 from tests.test_text import BYTES
 
 INFO = EngineInfo(pid=1, vocab_size=256, max_context=100, tokenizer="")
-SERVED = Served.of(Path("nowhere"), BYTES, INFO, Limits())
+SERVED = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits())
 
 
 def tensor(value: Any) -> np.ndarray:
@@ -75,7 +75,7 @@ def test_sampling_parameters_come_before_tensors_before_the_requests_own() -> No
 
 def write_generation_config(folder: Path, **values: Any) -> Served:
     (folder / "generation_config.json").write_text(json.dumps(values))
-    return Served.of(folder, BYTES, INFO, Limits())
+    return Served.of(folder, BYTES, INFO, RequestLimits())
 
 
 def test_what_a_request_leaves_out_is_the_checkpoints(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_generation_config_that_cannot_be(
         write_generation_config(tmp_path, do_sample=True, **values)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ConfigError, match=r"generation_config\.json: cannot be read as a JSON obj"):
-        Served.of(tmp_path, BYTES, INFO, Limits())
+        Served.of(tmp_path, BYTES, INFO, RequestLimits())
 
 
 def test_values_may_be_strings() -> None:
@@ -337,7 +337,7 @@ def test_each_answer_to_a_prompt_has_a_seed_of_its_own() -> None:
 def test_a_limit_holds_and_says_so(
     limits: dict[str, Any], within: dict[str, Any], beyond: dict[str, Any], words: list[str]
 ) -> None:
-    served = Served.of(Path("nowhere"), BYTES, INFO, Limits(**limits))
+    served = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits(**limits))
 
     def ask(given: dict[str, Any]) -> Request:
         names = {"text_input", "input_ids"}
@@ -358,14 +358,14 @@ def test_a_limit_holds_and_says_so(
 
 
 def test_an_answer_is_cut_to_what_may_be_asked_for() -> None:
-    served = Served.of(Path("nowhere"), BYTES, INFO, Limits(max_output_tokens=7))
+    served = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits(max_output_tokens=7))
     inputs = {"text_input": tensor("a"), "max_tokens": tensor(50), "min_tokens": tensor(20)}
     [params] = parse_request(inputs, {}, served).samples
     assert (params.max_tokens, params.min_tokens) == (7, 7)
 
 
 def test_what_comes_as_parameters_counts_as_bytes_of_the_request() -> None:
-    served = Served.of(Path("nowhere"), BYTES, INFO, Limits(max_request_bytes=100))
+    served = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits(max_request_bytes=100))
     with pytest.raises(RequestError, match="bytes; at most 100"):
         parse_request({"text_input": tensor("a")}, {"unknown": "x" * 100}, served)
 

@@ -3,15 +3,14 @@
 import bisect
 from typing import Any
 
-import numpy as np
 import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import FlashInferAttention, PieceAttention
 from fi_runtime.engine.capture import capture_each
+from fi_runtime.engine.step_inputs import StepInputs
 from fi_runtime.kernels.heads import Heads
 from fi_runtime.models import Decoder
-from fi_runtime.upload import upload_to
 
 
 class _Pieces:
@@ -96,16 +95,14 @@ class PieceGraphs:
     ) -> None:
         self._sizes = sizes
         self._attention = attention.for_pieces(sizes[-1], len(last_tokens))
-        self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=last_tokens.device)
-        self._adapters = torch.zeros_like(self._tokens) if model.adapters else None
+        self._inputs = StepInputs(sizes[-1], bool(model.adapters), last_tokens.device)
         pool = torch.cuda.graph_pool_handle()
         # One for all, since memory is reused on the stream that it was taken on.
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
         def capture(size: int) -> _Pieces:
             self._attention.plan(spare_layout([size], page_size))
-            tokens = self._tokens[:size]
-            adapters = None if self._adapters is None else self._adapters[:size]
+            tokens, adapters = self._inputs.first(size)
             return _Pieces(model, self._attention, tokens, last_tokens, adapters, pool, stream)
 
         self._pieces, self.nbytes = capture_each(
@@ -125,7 +122,5 @@ class PieceGraphs:
         """
         count = len(tokens)
         self._attention.plan(layout)
-        upload_to(self._tokens, tokens)
-        if self._adapters is not None:
-            upload_to(self._adapters, np.zeros_like(tokens) if adapters is None else adapters)
+        self._inputs.fill(tokens, adapters)
         return self._pieces[self._sizes[bisect.bisect_left(self._sizes, count)]].replay(count)

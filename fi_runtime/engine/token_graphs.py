@@ -13,8 +13,8 @@ from fi_runtime.attention.flashinfer import (
     GraphDecodeAttention,
 )
 from fi_runtime.engine.capture import capture_each
+from fi_runtime.engine.step_inputs import StepInputs
 from fi_runtime.models import Decoder
-from fi_runtime.upload import upload_to
 
 
 class _Pass:
@@ -66,13 +66,11 @@ class TokenGraphs:
     ) -> None:
         self._sizes = sizes
         self._page_size = page_size
-        self._tokens = torch.zeros(sizes[-1], dtype=torch.int64, device=last_tokens.device)
-        self._adapters = torch.zeros_like(self._tokens) if model.adapters else None
+        self._inputs = StepInputs(sizes[-1], bool(model.adapters), last_tokens.device)
         pool = torch.cuda.graph_pool_handle()
 
         def capture(size: int) -> _Pass:
-            tokens = self._tokens[:size]
-            adapters = None if self._adapters is None else self._adapters[:size]
+            tokens, adapters = self._inputs.first(size)
             return _Pass(model, attention.for_graph(size), tokens, last_tokens, adapters, pool)
 
         self._passes, self.nbytes = capture_each(
@@ -97,8 +95,6 @@ class TokenGraphs:
             adapters: (tokens,); None: no token has one.
         """
         count = len(tokens)
-        upload_to(self._tokens, tokens)
-        if self._adapters is not None:
-            upload_to(self._adapters, np.zeros_like(tokens) if adapters is None else adapters)
+        self._inputs.fill(tokens, adapters)
         size = self._sizes[bisect.bisect_left(self._sizes, count)]
         return self._passes[size].replay(layout.apart(self._page_size))[:count]

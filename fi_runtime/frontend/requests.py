@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from fi_runtime.config import Limits
+from fi_runtime.config import RequestLimits
 from fi_runtime.frontend.chat import ChatTemplate, read_messages
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
@@ -57,7 +57,7 @@ class Served:
 
     tokenizer: Tokenizer
     info: EngineInfo
-    limits: Limits
+    limits: RequestLimits
     chat: ChatTemplate
     max_prompt_bytes: int
     """of text, beyond which no prompt can be short enough, whatever its tokens"""
@@ -66,7 +66,7 @@ class Served:
 
     @classmethod
     def of(
-        cls, checkpoint: Path, tokenizer: Tokenizer, info: EngineInfo, limits: Limits
+        cls, checkpoint: Path, tokenizer: Tokenizer, info: EngineInfo, limits: RequestLimits
     ) -> "Served":
         """The checkpoint of that folder, whose tokenizer and engine are given.
 
