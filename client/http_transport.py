@@ -33,6 +33,8 @@ EVENT_DATA = b"data:"
 """how a line with content starts in a stream of server-sent events"""
 
 FIRST_ERROR_STATUS = 400
+SERVERS_TIMEOUT_S = 1.0
+"""that the server's timeout is longer than the client's, which is to be the first"""
 MIN_TIMEOUT_S = 1e-3
 """what is left when nothing is; 0 would mean not to wait for data at all"""
 
@@ -43,7 +45,7 @@ class HttpTransport(Transport):
     """Streams from /generate_stream, as server-sent events; what is not streamed is an infer.
 
     Each request has a connection of its own, since closing that is how HTTP cancels. Triton hears
-    of it for a stream; an infer it answers to the end, whoever listens.
+    of it for a stream; an infer it answers whoever listens, so that says how long to try.
     """
 
     def __init__(self, address: Address) -> None:
@@ -90,7 +92,8 @@ class HttpTransport(Transport):
         )
         try:
             inputs = to_tensors(request.inputs(), triton.InferInput)
-            return to_piece(client.infer(request.door, inputs))
+            timeout_us = int((request.timeout_s + SERVERS_TIMEOUT_S) * 1e6)
+            return to_piece(client.infer(request.door, inputs, timeout=timeout_us))
         except InferenceServerException as error:
             raise self._explain(request, int(error.status() or 0), error.message()) from None
         finally:

@@ -194,6 +194,7 @@ def test_server_of_the_other_protocol(server: TritonServer) -> None:
 def test_timeout(server: TritonServer, protocol: str, stream: str) -> None:
     arguments = [stream, *where(server, protocol), *ENDLESS, "--timeout", "0.3", "--json"]
     assert_failed(run("generate", PROMPT, *arguments), 4, "0.3 s", "--timeout")
+    wait_idle(server)
 
 
 @pytest.mark.parametrize(

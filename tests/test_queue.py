@@ -87,18 +87,20 @@ class Load:
         wait_until(lambda: is_idle(engine), 20, "the engine is idle")
 
 
-def queued(server: TritonServer, **options: Any) -> "Queued":
-    return Queued(server, options)
+def queued(server: TritonServer, tokens: int = 5, **options: Any) -> "Queued":
+    return Queued(server, {**SHORT, "max_tokens": tokens}, options)
 
 
 class Queued:
     """A request with options of Triton's own, as priority and timeout in microseconds."""
 
-    def __init__(self, server: TritonServer, options: dict[str, Any]) -> None:
+    def __init__(
+        self, server: TritonServer, request: dict[str, Any], options: dict[str, Any]
+    ) -> None:
         self._client = grpc_client(server)
         self.came: list[tuple[float, Any]] = []
         self._client.start_stream(lambda result, error: self._take(error or result))
-        inputs = tensors_of(tritonclient.grpc, SHORT)
+        inputs = tensors_of(tritonclient.grpc, request)
         self._client.async_stream_infer(
             STREAMED, inputs, enable_empty_final_response=True, **options
         )
@@ -170,15 +172,16 @@ def test_the_queues_own_timeout_refuses_what_waits_longer(narrow: TritonServer) 
 
 
 def test_a_higher_priority_is_served_before_those_that_came_earlier(narrow: TritonServer) -> None:
+    tokens = 200  # for longer than a busy machine may keep an answer from its reader
     with Load(narrow) as load:
-        low = [queued(narrow, priority=2) for _ in range(2)]
+        low = [queued(narrow, tokens, priority=2) for _ in range(2)]
         time.sleep(0.2)
-        high = queued(narrow, priority=1)
+        high = queued(narrow, tokens, priority=1)
         time.sleep(0.2)
         for stream in load.holding:
             stream.close()
         requests = [*low, high]
-        wait_until(lambda: all(r.is_answered for r in requests), 20, "all are answered")
+        wait_until(lambda: all(r.is_answered for r in requests), 60, "all are answered")
         first = {request: request.came[0][0] for request in requests}
         assert first[high] < min(first[request] for request in low)
         for request in requests:
