@@ -353,6 +353,11 @@ class Stream:
         while not self._ended:
             yield self.next()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a response, or an error, has come that is not read yet."""
+        return not self._came.empty()
+
     def is_silent(self, seconds: float = 0.3) -> bool:
         """Whether nothing more comes."""
         try:

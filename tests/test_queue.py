@@ -1,6 +1,5 @@
 """Triton's own queue holds what the engine has no room for, and its policies mean what they say."""
 
-import contextlib
 import itertools
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from tritonclient.utils import InferenceServerException
 
 from fi_runtime.engine.credits import Credits
 from tests.serving import (
+    HANG_S,
     KNOBS,
     STREAMED,
     Reference,
@@ -21,6 +21,7 @@ from tests.serving import (
     grpc_client,
     is_idle,
     joined,
+    metric,
     tensors_of,
     wait_until,
 )
@@ -68,14 +69,27 @@ def narrow(
         yield running
 
 
+def await_news(streams: list[Stream]) -> None:
+    wait_until(lambda: any(one.has_news for one in streams), HANG_S, "one of them is answered")
+
+
+def in_engine(server: TritonServer) -> float:
+    """Sequences that run or wait there; it says so once a second."""
+    return sum(metric(server, f"vllm:num_requests_{state}") for state in ("running", "waiting"))
+
+
 class Load:
     """Streams that hold the engine, and all that it takes beside them; closed at the end."""
 
     def __init__(self, server: TritonServer) -> None:
         self._server = server
         self.holding = [Stream(server, **LONG) for _ in range(HELD)]
-        self.holding[0].next()
-        time.sleep(0.3)  # the others have left Triton's queue by then
+        # Any of them comes first: each has a connection of its own.
+        await_news(self.holding)
+        wait_until(
+            lambda: in_engine(server) == Credits.STANDBY, HANG_S, "the engine takes its share"
+        )
+        time.sleep(0.3)  # the last of them has left Triton's queue by then
 
     def __enter__(self) -> "Load":
         return self
@@ -198,8 +212,7 @@ def test_after_a_storm_of_cancellations_everything_is_as_before(
             break
         streams = [Stream(narrow, **LONG) for _ in range(HELD + 3)]
         if number % 3 == 0:
-            with contextlib.suppress(InferenceServerException):  # the queue may be full of others
-                streams[0].next()
+            await_news(streams)  # be it that the queue is full of others
         for stream in streams:
             stream.close()
         cancelled += len(streams)
