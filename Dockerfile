@@ -1,7 +1,7 @@
 # The same model repository, served by NVIDIA's Triton container.
 #
 #   docker build -t fi-runtime .
-#   docker run --gpus all --shm-size=1g -p 8000-8002:8000-8002 \
+#   docker run --init --gpus all --shm-size=1g -p 8000-8002:8000-8002 \
 #       --read-only --tmpfs /tmp --cap-drop=ALL --security-opt=no-new-privileges fi-runtime
 #
 # Without --gpus the engine runs on the CPU. ARCH: compute capabilities of the GPUs to serve on.
@@ -46,6 +46,6 @@ USER triton-server
 # Caches of libraries, which else go to the home folder.
 ENV HOME=/tmp TRITON_CACHE_DIR=/tmp/triton TORCHINDUCTOR_CACHE_DIR=/tmp/inductor
 EXPOSE 8000 8001 8002
-# Finds the container's own tritonserver, and gives its Python backend the packages above. The APIs
-# with which clients name memory and files of the machine are closed, with a key that nobody knows.
-ENTRYPOINT ["/bin/sh", "-c", "closed=shared-memory,trace,logging:admin=$(cat /proc/sys/kernel/random/uuid); exec /opt/fi_runtime/.venv/bin/tritonserver --model-repository=/opt/fi_runtime/model_repository --http-restricted-api=$closed --grpc-restricted-protocol=$closed \"$@\"", "tritonserver"]
+# Starts the container's own tritonserver with the packages above, closes the APIs with which clients
+# name memory and files of the machine, and ends everything on SIGTERM: at once on a second one.
+ENTRYPOINT ["/opt/fi_runtime/.venv/bin/python", "-m", "tools.serve", "--http-address=0.0.0.0", "--grpc-address=0.0.0.0", "--metrics-address=0.0.0.0", "--exit-timeout-secs=30"]

@@ -4,10 +4,10 @@ import ast
 import contextlib
 import json
 import os
-import re
 import socket
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -41,6 +41,8 @@ from fi_runtime.messages import (
 )
 from fi_runtime.run_folder import RunFolder, private_base
 from tests.serving import (
+    HANG_S,
+    KNOBS,
     STREAMED,
     Reference,
     error_of,
@@ -50,8 +52,10 @@ from tests.serving import (
     joined,
     processes,
     stream,
+    wait_until,
 )
-from tools.serve import RESTRICTED, ROOT, TritonServer
+from tools.repository import write_repository
+from tools.serve import ROOT, TritonServer
 
 # Who can reach an engine
 
@@ -313,26 +317,30 @@ def test_the_container_runs_as_a_user_who_owns_nothing_in_it() -> None:
     assert "--read-only --tmpfs /tmp" in (ROOT / "Dockerfile").read_text()
 
 
-def test_the_container_closes_the_same_endpoints(tmp_path: Path) -> None:
-    """Its entry point is run, with a program in the server's place that says how it was called."""
+def test_the_container_serves_as_make_serve_does(
+    reference: Reference, served_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Its entry point is run, with this machine's Python, ports and addresses."""
     [entry] = [json.loads(rest) for word, rest in dockerfile() if word == "ENTRYPOINT"]
-    program = tmp_path / "tritonserver"
-    program.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    program.chmod(0o755)
-    command = [
-        part.replace("/opt/fi_runtime/.venv/bin/tritonserver", str(program)) for part in entry
-    ]
-    runs = [
-        subprocess.check_output([*command, "--id=a b", "--log-info=false"], text=True).splitlines()
-        for _ in range(2)
-    ]
-    given = runs[0]
-    assert given[-2:] == ["--id=a b", "--log-info=false"]
-    keys = set()
-    for run in runs:
-        for option in ("--http-restricted-api=", "--grpc-restricted-protocol="):
-            [value] = [one.removeprefix(option) for one in run if one.startswith(option)]
-            apis, key = re.fullmatch(r"(.*):admin=([0-9a-f-]{36})", value).groups()  # type: ignore[union-attr]
-            assert apis == RESTRICTED
-            keys.add(key)
-    assert len(keys) == 2, "another key for each server"
+    assert entry[:3] == ["/opt/fi_runtime/.venv/bin/python", "-m", "tools.serve"]
+    for service in ("http", "grpc", "metrics"):
+        assert f"--{service}-address=0.0.0.0" in entry, "a container's loopback is its own"
+    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS)
+    here = TritonServer(repository)  # never started: for its free ports
+    options = [f"--{name}={value}" for name, value in here.options.items()]
+    command = [sys.executable, *entry[1:], *options]
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT) as container,
+    ):
+        try:
+            wait_until(
+                lambda: {model.state for model in here.models() or []} == {"READY"}, HANG_S, "ready"
+            )
+            for method, path in CLOSED:
+                refused = urllib.request.Request(here.http_url + path, method=method)
+                with pytest.raises(urllib.error.HTTPError, match="403"):
+                    urllib.request.urlopen(refused, timeout=10)
+        finally:
+            container.terminate()
+        assert container.wait(HANG_S) == 0
