@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from bench.families import prompt_of, write
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import BadRequest, Engine, Generation
 from fi_runtime.engine.runner import Runner
-from fi_runtime.kernels import projection
 from fi_runtime.messages import SamplingParams
 from tests.adapters import CONFIG, merge, projections, write_adapter, write_files
-from tests.test_families import prompt_of, write
+from tests.twins import take_few_tokens_kernels
 
 GREEDY = SamplingParams(max_tokens=10, temperature=0.0, seed=0, logprobs=0)
 LENGTHS = [1, 17, 64, 150]
@@ -35,7 +35,7 @@ FAMILIES = [
 
 
 @dataclass
-class Twin:
+class AdaptedTwin:
     """A checkpoint and adapters of it, and transformers' models with and without them."""
 
     folder: Path
@@ -75,7 +75,7 @@ def with_adapter(name: str) -> SamplingParams:
     return msgspec.structs.replace(GREEDY, lora_name=name)
 
 
-def make_twin(family: str, folder: Path) -> Twin:
+def make_twin(family: str, folder: Path) -> AdaptedTwin:
     """Three adapters: of all projections; of some of those joined; of some layers' MLPs."""
     model = write(family, folder / "base")
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
@@ -91,27 +91,27 @@ def make_twin(family: str, folder: Path) -> Twin:
         path = write_adapter(model, folder / name, which, seed=seed, **config)
         models[name] = merge(copy.deepcopy(model), path)
         adapters[name] = str(path)
-    return Twin(folder / "base", models, adapters)
+    return AdaptedTwin(folder / "base", models, adapters)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
+def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdaptedTwin:
     return make_twin(request.param, tmp_path_factory.mktemp("twin"))
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Twin:
+def llama(tmp_path_factory: pytest.TempPathFactory) -> AdaptedTwin:
     return make_twin("llama 2", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.mark.parametrize(("page_size", "step_tokens"), [(1, 7), (16, 64)])
-def test_several_and_none_in_one_batch(twin: Twin, page_size: int, step_tokens: int) -> None:
+def test_several_and_none_in_one_batch(twin: AdaptedTwin, page_size: int, step_tokens: int) -> None:
     engine = twin.engine(page_size=page_size, step_tokens=step_tokens)
     twin.check_all(engine)
     assert engine.scheduler.num_preemptions == 0
 
 
-def test_preemption_changes_nothing(twin: Twin) -> None:
+def test_preemption_changes_nothing(twin: AdaptedTwin) -> None:
     engine = twin.engine(
         cache_tokens=176, page_size=4, step_tokens=40, max_sequences=16, max_context=160
     )
@@ -120,30 +120,20 @@ def test_preemption_changes_nothing(twin: Twin) -> None:
 
 
 def test_a_step_launched_ahead_has_its_adapters(
-    llama: Twin, monkeypatch: pytest.MonkeyPatch
+    llama: AdaptedTwin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runner, "runs_ahead", True)
     llama.check_all(llama.engine(cache_tokens=400, max_context=200, step_tokens=48))
 
 
 def test_few_tokens_meet_only_kernels_that_know_adapters(
-    twin: Twin, monkeypatch: pytest.MonkeyPatch
+    twin: AdaptedTwin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, whose kernels are stood in for by what they mean."""
-
-    def norm_linear(*arguments: Any) -> torch.Tensor:
-        *arguments, out = arguments
-        result = projection.norm_linear_reference(*arguments)
-        return result if out is None else out.copy_(result)
-
-    monkeypatch.setattr(projection, "is_few", lambda x, weight: len(x) <= 16)
-    monkeypatch.setattr(projection, "norm_linear", norm_linear)
-    for name in ("norm_linear_silu_and_mul", "add_linear"):
-        monkeypatch.setattr(projection, name, getattr(projection, f"{name}_reference"))
+    take_few_tokens_kernels(monkeypatch)
     twin.check_all(twin.engine(step_tokens=24))
 
 
-def test_adapters_share_no_pages(llama: Twin) -> None:
+def test_adapters_share_no_pages(llama: AdaptedTwin) -> None:
     engine = llama.engine()
     prompt = prompt_of(100)
 
@@ -162,11 +152,11 @@ def test_adapters_share_no_pages(llama: Twin) -> None:
 
 
 def test_what_is_infinite_in_one_adapter_is_no_other_rows_business(
-    llama: Twin, tmp_path: Path
+    llama: AdaptedTwin, tmp_path: Path
 ) -> None:
     model = llama.models[""]
     loud = write_adapter(model, tmp_path / "loud", r=8, std=6e37)
-    twin = Twin(llama.folder, llama.models, {**llama.adapters, "loud": str(loud)})
+    twin = AdaptedTwin(llama.folder, llama.models, {**llama.adapters, "loud": str(loud)})
     names = ["", "loud", "all"]
     prompts = [prompt_of(33)] * len(names)
     params = [with_adapter(name) for name in names]
@@ -177,7 +167,7 @@ def test_what_is_infinite_in_one_adapter_is_no_other_rows_business(
             twin.check(name, prompt, result)
 
 
-def test_an_unknown_name_is_refused_with_those_that_are_known(llama: Twin) -> None:
+def test_an_unknown_name_is_refused_with_those_that_are_known(llama: AdaptedTwin) -> None:
     engine = llama.engine()
     with pytest.raises(BadRequest, match=r"lora_name='none' is no adapter .* all, some, layers$"):
         engine.add((b"a", 1), [1], with_adapter("none"))
@@ -218,7 +208,7 @@ def refused(folder: Path, adapter: Path) -> str:
     ids=str,
 )
 def test_options_that_would_change_the_answer_are_refused(
-    llama: Twin, tmp_path: Path, config: dict[str, Any], words: str
+    llama: AdaptedTwin, tmp_path: Path, config: dict[str, Any], words: str
 ) -> None:
     adapter = write_files(tmp_path / "a", CONFIG | config, {"a": torch.zeros(1)})
     assert refused(llama.folder, adapter).startswith(f"adapter_config.json: {words}")
@@ -259,7 +249,7 @@ A, B = torch.ones(4, 48), torch.ones(80, 4)
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
-    llama: Twin, tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+    llama: AdaptedTwin, tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
 ) -> None:
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
     adapter = write_files(tmp_path / "a", CONFIG, whole)
@@ -268,7 +258,7 @@ def test_tensors_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize(("old", "new"), [("layers.1.", "layers.3."), ("q_proj", "qkv_proj")])
 def test_projections_that_the_model_has_not_are_refused(
-    llama: Twin, tmp_path: Path, old: str, new: str
+    llama: AdaptedTwin, tmp_path: Path, old: str, new: str
 ) -> None:
     name = Q.replace(old, new)
     tensors = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
@@ -295,7 +285,9 @@ def test_experts_are_refused(tmp_path: Path) -> None:
     assert model.config.num_experts == 6
 
 
-def test_files_that_are_not_there_or_not_whole_are_named(llama: Twin, tmp_path: Path) -> None:
+def test_files_that_are_not_there_or_not_whole_are_named(
+    llama: AdaptedTwin, tmp_path: Path
+) -> None:
     assert refused(llama.folder, tmp_path / "a").startswith("adapter_config.json: no such file;")
     adapter = write_files(tmp_path / "a", CONFIG, {"a": torch.zeros(9)})
     file = adapter / "adapter_model.safetensors"
@@ -307,11 +299,11 @@ def test_files_that_are_not_there_or_not_whole_are_named(llama: Twin, tmp_path: 
     assert refused(llama.folder, adapter).startswith("adapter_model.safetensors: no such file;")
 
 
-def test_an_adapter_of_nothing_changes_nothing(llama: Twin, tmp_path: Path) -> None:
+def test_an_adapter_of_nothing_changes_nothing(llama: AdaptedTwin, tmp_path: Path) -> None:
     """As one is made: its B are zeros. Whatever dtype it is stored in."""
     path = write_adapter(llama.models[""], tmp_path / "new", dtype=torch.bfloat16)
     tensors = load_file(path / "adapter_model.safetensors")
     zeros = {name: t * float(".lora_A." in name) for name, t in tensors.items()}
     path = write_files(tmp_path / "zeros", CONFIG, zeros)
-    twin = Twin(llama.folder, {"new": llama.models[""]}, {"new": str(path)})
+    twin = AdaptedTwin(llama.folder, {"new": llama.models[""]}, {"new": str(path)})
     twin.check_all(twin.engine())

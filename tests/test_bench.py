@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import PreTrainedModel
 
 from bench import lora, mixed, prefix
 from bench.cold_start import STARTED
@@ -27,7 +26,7 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import load_model_config
 from tests.adapters import merge, pairs, projections
-from tests.conftest import write_twin
+from tests.twins import Twin
 
 PUBLISHED = {
     "Qwen3-0.6B": 596_049_920,
@@ -55,7 +54,7 @@ def test_shapes_have_as_many_parameters_as_the_published_models(name: str, tmp_p
 
 
 def test_dummy_weights_answer_and_are_the_same_each_time(tmp_path: Path) -> None:
-    write_twin("qwen3", tmp_path)
+    write("qwen3", tmp_path)
     (tmp_path / "model.safetensors").unlink()
     config = EngineConfig(checkpoint=str(tmp_path), load_format="dummy")
     params = SamplingParams(max_tokens=8, temperature=0.0, seed=0, ignore_eos=True)
@@ -108,9 +107,9 @@ def test_the_offline_work_is_the_one_that_peers_were_measured_with() -> None:
 
 
 def test_a_decode_step_reads_all_weights_but_an_embedding_once(
-    twin: tuple[Path, PreTrainedModel],
+    twin: Twin,
 ) -> None:
-    folder, model = twin
+    folder, model = twin.folder, twin.model
     parameters = sum(each.numel() for each in model.parameters())
     embedding = model.get_input_embeddings().weight.numel()
     tied = model.config.tie_word_embeddings
@@ -190,9 +189,9 @@ def test_a_timeline_knows_when_the_gpu_idles_and_what_it_does() -> None:
 
 
 def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
-    monkeypatch: pytest.MonkeyPatch, twin: tuple[Path, PreTrainedModel]
+    monkeypatch: pytest.MonkeyPatch, twin: Twin
 ) -> None:
-    engine = Engine(EngineConfig(checkpoint=str(twin[0]), cache_tokens=65_536, chunk_tokens=16))
+    engine = Engine(EngineConfig(checkpoint=str(twin.folder), cache_tokens=65_536, chunk_tokens=16))
     for module in (mixed, prefix):
         monkeypatch.setattr(module, "VOCABULARY", 90)
     monkeypatch.setattr(mixed, "STREAMS", 3)
@@ -207,10 +206,8 @@ def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
     assert 0 < shared["ttft_cached_ms_p50"] < shared["ttft_uncached_ms_p50"]
 
 
-def test_adapters_to_measure_with_add_to_all_projections(
-    twin: tuple[Path, PreTrainedModel], tmp_path: Path
-) -> None:
-    folder, model = twin
+def test_adapters_to_measure_with_add_to_all_projections(twin: Twin, tmp_path: Path) -> None:
+    folder, model = twin.folder, twin.model
     shape = load_model_config(folder)
     adapter = lora.write_adapter(tmp_path / "a", shape, rank=3, seed=0)
     merged = merge(copy.deepcopy(model), adapter)

@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.families import write
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine
 from fi_runtime.models.tokenizer import tokenizer_file
-from tests.conftest import write_twin
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_twin("llama", tmp_path)
+    write("llama 3.1", tmp_path)
     return tmp_path
 
 
@@ -55,7 +55,7 @@ def test_missing_files(folder: Path) -> None:
         ({"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", "LlamaForCausalLM"]),
         ({"architectures": None}, ["architecture none", "Qwen3ForCausalLM"]),
         ({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu' and 'gelu_pytorch_tanh'"]),
-        ({"num_key_value_heads": 4}, ["num_attention_heads=6", "num_key_value_heads=4"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
         (
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
             ["rope type 'proportional'", "llama3"],
@@ -91,14 +91,14 @@ def test_a_missing_tensor(folder: Path) -> None:
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     message = refusal(folder)
     assert "tensor model.layers.1.mlp.up_proj.weight is in none of its 1 safetensors" in message
-    assert "expected one of shape [80, 48]" in message
+    assert "expected one of shape [72, 48]" in message
 
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:
     edit_config(folder, intermediate_size=81)
     assert refusal(folder) == (
         f"{folder}/model.safetensors: tensor model.layers.0.mlp.gate_proj.weight has shape "
-        "[80, 48]; expected [81, 48] from config.json"
+        "[72, 48]; expected [81, 48] from config.json"
     )
 
 

@@ -1,9 +1,6 @@
 """Every family against transformers' own model of it, on the CPU in float32."""
 
-import random
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,64 +11,18 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
-from bench.families import FAMILIES, SHAPE, prompt_of, write
-from fi_runtime.config import ConfigError, EngineConfig
+from bench.families import FAMILIES, SHAPE, write
+from fi_runtime.config import ConfigError
 from fi_runtime.engine.build import check_has_kernels
-from fi_runtime.engine.core import Engine
-from fi_runtime.kernels import projection
 from fi_runtime.kernels.heads import Heads
-from fi_runtime.kernels.moe import experts_grouped
-from fi_runtime.layers import moe
-from fi_runtime.messages import SamplingParams
 from fi_runtime.models import ARCHITECTURES, ModelConfig, load_model_config
+from tests.twins import Twin, take_few_tokens_kernels
 
 LENGTHS = [1, 2, 7, 16, 17, 33, 64, 100, 191, 256, 300]
-GREEDY = SamplingParams(max_tokens=16, temperature=0.0, seed=0, logprobs=0)
-
-
-@dataclass
-class Twin:
-    """A checkpoint, and what transformers makes of it."""
-
-    folder: Path
-    model: PreTrainedModel
-    _answers: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
-
-    def answer(self, length: int) -> tuple[list[int], list[float]]:
-        """Its own greedy tokens after the prompt of that length, and their logprobs."""
-        if length not in self._answers:
-            with torch.inference_mode():
-                out = self.model.generate(
-                    torch.tensor([prompt_of(length)]),
-                    max_new_tokens=GREEDY.max_tokens,
-                    do_sample=False,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                )
-            tokens = out.sequences[0, length:].tolist()
-            rows = torch.cat(out.logits).float().log_softmax(-1)
-            best, second = rows.topk(2).values.unbind(-1)
-            assert (best - second).min() > 1e-4, "a near tie: choose another seed"
-            self._answers[length] = tokens, [rows[i, t].item() for i, t in enumerate(tokens)]
-        return self._answers[length]
-
-    def engine(self, **knobs: Any) -> Engine:
-        return Engine(EngineConfig(checkpoint=str(self.folder), **knobs))
-
-    def check(self, engine: Engine) -> None:
-        """All lengths at once."""
-        lengths = random.Random(5).sample(LENGTHS, k=len(LENGTHS))
-        results = engine.generate([prompt_of(length) for length in lengths], GREEDY)
-        for length, result in zip(lengths, results, strict=True):
-            tokens, logprobs = self.answer(length)
-            assert result.tokens == tokens, f"prompt of {length} tokens"
-            assert result.logprobs == pytest.approx(logprobs, abs=1e-4), f"{length} tokens"
-        assert engine.pool.free == engine.pool.usable
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -85,7 +36,7 @@ def test_lengths_mixed_in_one_batch(twin: Twin, page_size: int, step_tokens: int
     engine = twin.engine(
         cache_tokens=4000, page_size=page_size, step_tokens=step_tokens, max_sequences=6
     )
-    twin.check(engine)
+    twin.check(engine, LENGTHS)
     assert engine.scheduler.num_preemptions == 0
 
 
@@ -93,26 +44,15 @@ def test_preemption_changes_nothing(twin: Twin) -> None:
     engine = twin.engine(
         cache_tokens=336, page_size=4, step_tokens=40, max_sequences=16, max_context=320
     )
-    twin.check(engine)
+    twin.check(engine, LENGTHS)
     assert engine.scheduler.num_preemptions > 0
 
 
 def test_few_tokens_meet_only_kernels_that_know_their_layers(
     twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, whose kernels are stood in for by what they mean."""
-
-    def norm_linear(*arguments: Any) -> torch.Tensor:
-        *arguments, out = arguments
-        result = projection.norm_linear_reference(*arguments)
-        return result if out is None else out.copy_(result)
-
-    monkeypatch.setattr(projection, "is_few", lambda x, weight: len(x) <= 16)
-    monkeypatch.setattr(projection, "norm_linear", norm_linear)
-    monkeypatch.setattr(moe, "experts", experts_grouped)
-    for name in ("norm_linear_silu_and_mul", "add_linear"):
-        monkeypatch.setattr(projection, name, getattr(projection, f"{name}_reference"))
-    twin.check(twin.engine(cache_tokens=4000, step_tokens=24, max_sequences=6))
+    take_few_tokens_kernels(monkeypatch)
+    twin.check(twin.engine(cache_tokens=4000, step_tokens=24, max_sequences=6), LENGTHS)
 
 
 def test_heads_that_the_kernel_does_not_know() -> None:

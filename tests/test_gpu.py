@@ -624,6 +624,7 @@ def test_replayed_steps_answer_as_launched_ones(graphs: dict[str, int]) -> None:
 # Memory, and what cannot be served
 
 
+@pytest.mark.alone
 def test_the_cache_takes_what_is_left() -> None:
     total = torch.cuda.mem_get_info()[1]
     engine = gpu_engine(DEMO, cache_tokens=0, gpu_memory_fraction=0.5)

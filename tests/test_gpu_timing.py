@@ -14,6 +14,7 @@ from tools.serve import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
+    pytest.mark.alone,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.timeout(900),  # kernels that are not prebuilt compile at first use
 ]

@@ -1,12 +1,11 @@
 """Pages that sequences share: that they hold what their readers think, and that none is lost."""
 
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
+from bench.families import VOCAB
 from fi_runtime.cache.pages import PagePool
 from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.config import EngineConfig
@@ -15,8 +14,8 @@ from fi_runtime.engine.runner import Runner
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.messages import SamplingParams
-from tests.conftest import VOCAB
 from tests.test_scheduler import check_step
+from tests.twins import Twin
 
 STEPS = 700
 """of each of the sixteen cases below, more than 10,000 in all"""
@@ -160,14 +159,14 @@ def test_reading_the_same_again_and_again_takes_no_more_memory() -> None:
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])
 @pytest.mark.parametrize("step_tokens", [40, 512])
 def test_answers_after_a_shared_beginning_are_transformers_own(
-    twin: tuple[Path, PreTrainedModel],
+    twin: Twin,
     monkeypatch: pytest.MonkeyPatch,
     step_tokens: int,
     ahead: bool,
 ) -> None:
     """Also of a prompt that is all there, and of one that comes several times at once."""
     monkeypatch.setattr(Runner, "runs_ahead", ahead)
-    folder, model = twin
+    folder, model = twin.folder, twin.model
     rng = random.Random(step_tokens)
     beginning = rng.choices(range(VOCAB), k=96)
     prompts = [beginning, beginning, beginning[:48], *([*beginning, n] for n in range(4))]
@@ -191,9 +190,9 @@ def test_answers_after_a_shared_beginning_are_transformers_own(
 
 
 def test_a_step_that_failed_leaves_nothing_for_others(
-    twin: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    twin: Twin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(EngineConfig(checkpoint=str(twin[0]), cache_tokens=2048))
+    engine = Engine(EngineConfig(checkpoint=str(twin.folder), cache_tokens=2048))
     params = SamplingParams(max_tokens=4, temperature=0.0, seed=0)
     prompt = list(range(100))
     engine.add((b"", 0), prompt, params)
