@@ -32,6 +32,7 @@ DEFAULT_PORTS = {"http": 8000, "grpc": 8001, "metrics": 8002}  # tritonserver's 
 EXIT_TIMEOUT_SECONDS = 5  # for an orderly end
 OVERTIME_SECONDS = 3.0  # after which what is left is killed, within 10 s of Ctrl-C
 POLL_SECONDS = 0.1
+CALL_THREADS = 8
 RESTRICTED = "shared-memory,trace,logging"
 """Triton's APIs that are closed, since with them a client names memory and files of this machine"""
 RULE = "=" * 78
@@ -127,6 +128,9 @@ class TritonServer:
         given = [f"--{n}={v}" for n, v in self.options.items() if option(self.arguments, n) is None]
         # So that what a killed process leaves in /dev/shm has a name of ours.
         given.append(f"--backend-config=python,shm-region-prefix-name={self.mark}")
+        # Of each front end, in the server: more than it has calls at a time. Those of one that has
+        # died are never ended by tritonserver 2.51, whose default is 32.
+        given.append(f"--backend-config=python,thread-pool-size={CALL_THREADS}")
         key = secrets.token_hex(16)  # known to nobody
         given += [
             f"--{name}={RESTRICTED}:admin={key}"
