@@ -148,10 +148,10 @@ def parse_request(
         raise RequestError("INVALID_ARG", f"n={knobs.n}: at most {limits.max_n} answers are given")
     stop = _stop_strings(knobs, limits.max_stop_strings)
     params = _params(knobs, flags, served, room)
-    echo = not (flags.stream or flags.exclude_input_in_output)
+    repeats = not (flags.stream or flags.exclude_input_in_output)
     return Request(
         prompt=prompt,
-        echo=text if echo else "",
+        echo=_echo(prompt, text, served) if repeats else "",
         samples=[
             msgspec.structs.replace(params, seed=(params.seed + number * SEED_STEP) % SEEDS)
             for number in range(knobs.n)
@@ -274,16 +274,19 @@ def _text(name: str, value: object) -> str:
         raise RequestError("INVALID_ARG", f"{name} is not UTF-8: {error}") from None
 
 
-def _prompt(given: Mapping[str, object], served: Served) -> tuple[list[int], str]:
-    """The prompt as tokens and as text."""
+def _echo(prompt: list[int], text: str | None, served: Served) -> str:
+    return str(served.tokenizer.decode(prompt)) if text is None else text
+
+
+def _prompt(given: Mapping[str, object], served: Served) -> tuple[list[int], str | None]:
+    """The prompt as tokens, and the text that they were made of; None if they were given."""
     names = [name for name in PROMPTS if name in given]
     if len(names) != 1:
         found = " and ".join(names) or "none of them"
         raise RequestError("INVALID_ARG", f"give one of {', '.join(PROMPTS)}; found {found}")
     most = served.max_prompt_bytes
     if "input_ids" in given:
-        prompt = _token_ids(given["input_ids"], served.info)
-        text = str(served.tokenizer.decode(prompt))
+        prompt, text = _token_ids(given["input_ids"], served.info), None
     elif "messages" in given:
         messages = read_messages(str(given["messages"]), most, served.info.max_context)
         text = served.chat.render(messages)

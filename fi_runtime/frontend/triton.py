@@ -87,7 +87,6 @@ class TritonPythonModel:
         model_config = json.loads(args["model_config"])
         self._decoupled = model_config["model_transaction_policy"]["decoupled"]
         self._batched = model_config["max_batch_size"] > 0
-        self._inputs = [one["name"] for one in model_config["input"]]
         instances = sum(
             group["count"] * max(1, len(group.get("gpus", [])))
             for group in model_config["instance_group"]
@@ -190,11 +189,7 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, responder: Responder) -> None:
         arrived = time.monotonic()
-        tensors = {
-            name: tensor.as_numpy()
-            for name in self._inputs
-            if (tensor := pb.get_input_tensor_by_name(request, name)) is not None
-        }
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         parameters = json.loads(request.parameters() or "{}")
         parsed = parse_request(tensors, parameters, self._served)
         if parsed.flags.stream and not self._decoupled:
