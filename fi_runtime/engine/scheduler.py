@@ -63,7 +63,10 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """The next step's chunks, oldest sequence first; empty when there is nothing to do."""
+        """The next step's chunks; empty when there is nothing to do.
+
+        Oldest sequence first, and so those that begin to run last.
+        """
         budget, effort = self._step_tokens - len(self.running), math.inf
         # Prompts are computed one after another: only the youngest can be half done.
         half_done = bool(self.running) and self.running[-1].num_uncached > 1
@@ -89,7 +92,7 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, count))
                 budget -= count - 1
                 effort -= count * _weight(sequence)
-        total = sum(chunk.count for chunk in chunks)
+        total = sum(chunk.count for chunk in chunks) if self.waiting else 0
         while self.waiting and self._free_slots and budget > 0 and effort >= 1:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence):
@@ -97,7 +100,7 @@ class Scheduler:
             self.waiting.popleft()
             self.running.append(sequence)
             count = _next_tokens(sequence, budget, effort, total)
-            chunks.append(self._chunk(sequence, count))
+            chunks.append(self._chunk(sequence, count, begins=True))
             total += count
             budget -= count
             effort -= count * _weight(sequence)
@@ -127,11 +130,11 @@ class Scheduler:
             self.num_reused_tokens += sequence.num_cached
         return True
 
-    def _chunk(self, sequence: Sequence, count: int) -> Chunk:
+    def _chunk(self, sequence: Sequence, count: int, begins: bool = False) -> Chunk:
         """A chunk, whose full pages others may use from now on."""
         if count > 1:
             self._keep(sequence, sequence.num_cached + count)
-        return Chunk(sequence, count, count == sequence.num_uncached)
+        return Chunk(sequence, count, count == sequence.num_uncached, begins)
 
     def _keep(self, sequence: Sequence, tokens: int) -> None:
         """Put the full pages of the first ``tokens`` into the tree, up to one that is there."""

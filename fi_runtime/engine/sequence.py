@@ -74,3 +74,5 @@ class Chunk:
     count: int
     completes: bool
     """whether the step computes the sequence's last token, so that a next one is chosen"""
+    begins: bool = False
+    """whether the sequence begins to run with it, or does so again"""

@@ -1,6 +1,7 @@
 """What steps need of each running sequence, in rows that numpy takes at once."""
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fi_runtime.attention.base import Int32s, Int64s
@@ -25,26 +26,16 @@ class Slots:
         self._knobs = np.zeros((4, max_sequences))
         self._seeds = np.zeros(max_sequences, dtype=np.uint64)
 
-    def pages(self, sequences: list[Sequence], counts: list[int]) -> Int32s:
-        """The first pages of each sequence, as many as ``counts`` says, one after another."""
-        for sequence in sequences:
-            slot = sequence.slot
-            if self._lists[slot] is not sequence.pages or self._held[slot] != len(sequence.pages):
-                self._refresh(sequence)
-        rows = self._rows
-        return np.concatenate(
-            [rows[one.slot][:count] for one, count in zip(sequences, counts, strict=True)]
-        )
+    def pages(self, sequence: Sequence, count: int) -> Int32s:
+        """The first pages of a sequence: (count,)."""
+        slot = sequence.slot
+        if self._lists[slot] is not sequence.pages or self._held[slot] != len(sequence.pages):
+            self._refresh(sequence)
+        return self._rows[slot][:count]
 
-    def draws(self, sequences: list[Sequence], slots: Int64s) -> torch.Tensor:
-        """``sampler.draws_of`` of sequences that ``pages`` was asked for; ``slots``: theirs."""
-        knobs = self._knobs[:, slots]
-        # Of the tokens to come, those pending counted.
-        indices = np.array(
-            [len(one.tokens) + one.pending - one.prompt_length for one in sequences],
-            dtype=np.uint64,
-        )
-        return sampler.draws_of(knobs, self._seeds[slots], indices)
+    def draws(self, slots: Int64s, indices: npt.NDArray[np.uint64]) -> torch.Tensor:
+        """``sampler.draws_of`` of the slots of sequences that ``pages`` was asked for."""
+        return sampler.draws_of(self._knobs[:, slots], self._seeds[slots], indices)
 
     def _refresh(self, sequence: Sequence) -> None:
         slot, pages = sequence.slot, sequence.pages
