@@ -9,10 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bench.families import write
+from bench.families import prompt_of, write
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine
+from fi_runtime.messages import SamplingParams
 from fi_runtime.models.tokenizer import tokenizer_file
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0, seed=0)
 
 
 @pytest.fixture
@@ -31,6 +35,11 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
+
+
+def greedy(folder: Path) -> list[int]:
+    engine = Engine(EngineConfig(checkpoint=str(folder), cache_tokens=64))
+    return engine.generate([prompt_of(17)], [GREEDY])[0].tokens
 
 
 def refusal(folder: Path) -> str:
@@ -117,9 +126,31 @@ def test_a_truncated_file(folder: Path, keep: int) -> None:
     assert message.startswith(f"{path}: not a whole safetensors file ({path.stat().st_size} bytes)")
 
 
+def test_files_beside_the_one_that_transformers_reads_are_left_alone(folder: Path) -> None:
+    expected = greedy(folder)
+    zeros = {name: torch.zeros_like(t) for name, t in load_file(folder / WHOLE).items()}
+    save_file(zeros, folder / "older.safetensors")
+    assert greedy(folder) == expected
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(zeros, "older.safetensors")})
+    )
+    assert greedy(folder) == expected, "nor is an index of others"
+
+
+def test_a_tensor_that_is_in_two_files(folder: Path) -> None:
+    (folder / WHOLE).rename(folder / "b.safetensors")
+    name = "model.norm.weight"
+    save_file({name: torch.ones(48)}, folder / "a.safetensors")
+    assert refusal(folder) == (
+        f"{folder}: tensor {name} is in a.safetensors and in b.safetensors; "
+        "leave one of them in the folder"
+    )
+
+
 def test_an_index_whose_files_are_not_there(folder: Path) -> None:
-    index = folder / "model.safetensors.index.json"
-    for name in ("other.safetensors", "../model.safetensors", str(folder / "model.safetensors")):
+    index = folder / INDEX
+    (folder / WHOLE).rename(folder / "one.safetensors")
+    for name in ("other.safetensors", "../one.safetensors", str(folder / "one.safetensors")):
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         assert refusal(folder) == f"{index}: names '{name}', which is no file of that folder"
     index.write_text("{}")

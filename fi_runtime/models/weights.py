@@ -19,7 +19,7 @@ from fi_runtime.models.fp8 import Fp8
 
 log = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROGRESS_S = 5.0
 """between two lines of the log"""
 STAGING_BYTES = 32 << 20
@@ -48,7 +48,7 @@ class Weights(Protocol):
 
 
 class CheckpointWeights:
-    """The tensors of a Hugging Face folder: one or several ``*.safetensors``, with their index.
+    """The tensors of a Hugging Face folder: ``model.safetensors``, or several with their index.
 
     Files are mapped, and each tensor is read by all of torch's threads. Beside the page cache, host
     memory is taken by tensors that stay on the CPU in another dtype than the file's, and by two
@@ -74,7 +74,13 @@ class CheckpointWeights:
         for file in _files(folder):
             handle = open_safetensors(folder / file)
             self._files[file] = handle
-            self._file_of.update(dict.fromkeys(handle.keys(), file))
+            names = dict.fromkeys(handle.keys(), file)
+            if twice := self._file_of.keys() & names:
+                raise ConfigError(
+                    f"{folder}: tensor {min(twice)} is in {self._file_of[min(twice)]} and in "
+                    f"{file}; leave one of them in the folder"
+                )
+            self._file_of.update(names)
         self._left = set(self._file_of)
         self._staging = _Staging(device) if device.type == "cuda" else None
         self._progress = _Progress(folder, sum((folder / f).stat().st_size for f in self._files))
@@ -304,6 +310,9 @@ def _either(shapes: list[tuple[int, ...]]) -> str:
 
 
 def _files(folder: Path) -> list[str]:
+    """Those that transformers reads, beside which others may lie; else all there are."""
+    if (folder / WHOLE).is_file():
+        return [WHOLE]
     index = folder / INDEX
     if index.exists():
         weight_map = read_json(index).get("weight_map")
