@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from bench.families import prompt_of, write
@@ -34,12 +35,21 @@ def edit_tensors(folder: Path, edit: Callable[[dict[str, torch.Tensor]], object]
     path = folder / "model.safetensors"
     tensors = load_file(path)
     edit(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, {"format": "pt"})
 
 
 def greedy(folder: Path) -> list[int]:
     engine = Engine(EngineConfig(checkpoint=str(folder), cache_tokens=64))
     return engine.generate([prompt_of(17)], [GREEDY])[0].tokens
+
+
+def transformers_greedy(folder: Path) -> list[int]:
+    """What transformers makes of the folder itself."""
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder)
+    prompt = torch.tensor([prompt_of(17)])
+    found = model.generate(prompt, max_new_tokens=GREEDY.max_tokens, do_sample=False)
+    return list(found[0, 17:].tolist())
 
 
 def refusal(folder: Path) -> str:
@@ -145,6 +155,28 @@ def test_a_tensor_that_is_in_two_files(folder: Path) -> None:
         f"{folder}: tensor {name} is in a.safetensors and in b.safetensors; "
         "leave one of them in the folder"
     )
+
+
+@pytest.mark.parametrize("family", ["llama 3.1", "gemma 3, with images"])
+def test_a_head_that_is_stored_beside_embeddings_it_is_said_to_be_tied_to(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is the checkpoint's where it differs, whatever config.json says; transformers' manner."""
+    write(family, tmp_path)
+    prefix = "language_model." if "images" in family else ""
+    embedding, head = f"{prefix}model.embed_tokens.weight", f"{prefix}lm_head.weight"
+    tied = greedy(tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({head: tensors[embedding].clone()}))
+    assert greedy(tmp_path) == tied
+    assert "lm_head" not in caplog.text
+    edit_tensors(tmp_path, lambda tensors: tensors.update({head: tensors[embedding].flip(0)}))
+    expected = transformers_greedy(tmp_path)
+    assert greedy(tmp_path) == expected != tied
+    assert "lm_head.weight is stored and is not the embedding" in caplog.text
+    caplog.clear()
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert greedy(tmp_path) == transformers_greedy(tmp_path) == expected
+    assert "lm_head" not in caplog.text
 
 
 def test_an_index_whose_files_are_not_there(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """The decoder that most families are: pre-norm, rotary, grouped-query attention, gated MLP."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.config import ModelConfig
 from fi_runtime.models.rope import Rope
 from fi_runtime.models.weights import Weights
+
+log = logging.getLogger(__name__)
 
 MLP = Callable[[ResidualStream], None]
 """adds to what it reads"""
@@ -131,10 +134,20 @@ class DecoderBuilder:
 
     def head(self) -> Linear:
         """(tokens, hidden) -> (tokens, vocab)."""
-        config = self.config
-        if config.tied_embeddings:
+        config, name = self.config, "lm_head.weight"
+        if not config.tied_embeddings:
+            return self.linear({"lm_head": config.vocab_size}, config.hidden_size, bias=False)
+        if not self.weights.has(name):
             return Linear(self.embedding)
-        return self.linear({"lm_head": config.vocab_size}, config.hidden_size, bias=False)
+        own = self.weights.take(name, (config.vocab_size, config.hidden_size))
+        if torch.equal(own, self.embedding):
+            return Linear(self.embedding)
+        log.warning(
+            "tie_word_embeddings is true, but %s is stored and is not the embedding: it is used, "
+            "as transformers does",
+            name,
+        )
+        return Linear(own)
 
     def block(self, layer: int) -> Block:
         prefix = f"model.layers.{layer}"

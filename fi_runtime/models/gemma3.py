@@ -1,5 +1,6 @@
 """Gemma 3's text models (Gemma team, 2025): norms on queries and keys, windows turn otherwise."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -31,6 +32,9 @@ class _TextWeights:
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._weights.take(f"language_model.{name}", shape)
 
+    def has(self, name: str) -> bool:
+        return self._weights.has(f"language_model.{name}")
+
     def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
         named = {f"language_model.{name}": count for name, count in outputs.items()}
         return self._weights.keeps_fp8(named, inputs)
@@ -54,7 +58,10 @@ class _TextBuilder(_Builder):
 
 
 def _read_text(found: PretrainedConfig) -> ModelConfig:
-    return _read(found.text_config)
+    # Whose head is its own, too.
+    return dataclasses.replace(
+        _read(found.text_config), tied_embeddings=bool(found.tie_word_embeddings)
+    )
 
 
 GEMMA3 = Family(_read, _Builder)

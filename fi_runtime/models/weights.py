@@ -32,6 +32,9 @@ class Weights(Protocol):
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The tensor of that name, which must have that shape; what is in fp8 as it is meant."""
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of that name, where a model can do without."""
+
     def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
         """Whether projections can be taken as they are stored, in fp8, to be joined.
 
@@ -103,6 +106,9 @@ class CheckpointWeights:
                 f"supported are {', '.join(DTYPES)}"
             )
         return self._to_device(tensor, self._dtype)
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of
 
     def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
         """Where there are products for them, and all of them are in fp8."""
@@ -246,6 +252,10 @@ class DummyWeights:
         self._device = device
         self._fp8 = fp8 if has_products(device, dtype) else None
 
+    def has(self, name: str) -> bool:
+        """Nothing that a model can do without."""
+        return False
+
     def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
         return _said_to_keep(self._fp8, outputs, inputs)
 
@@ -280,6 +290,10 @@ class CountedWeights:
         self._dtype = dtype
         self._fp8 = fp8
         self.nbytes = 0
+
+    def has(self, name: str) -> bool:
+        """Nothing that a model can do without."""
+        return False
 
     def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
         return _said_to_keep(self._fp8, outputs, inputs)
