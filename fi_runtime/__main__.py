@@ -53,6 +53,9 @@ def generate(
         with tempfile.TemporaryDirectory() as scratch:
             file = tokenizer_file(Path(config.checkpoint), Path(scratch))
             tokenizer = Tokenizer.from_file(str(file))
+        # A tokenizer.json may ask for either, which is not for prompts.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     begin = time.perf_counter()
     result = engine.generate([list(tokenizer.encode(prompt).ids)], params)[0]

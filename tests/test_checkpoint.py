@@ -9,12 +9,15 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from bench.families import prompt_of, write
+from fi_runtime.__main__ import app
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models.tokenizer import tokenizer_file
+from tests.serving import byte_tokenizer
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0, seed=0)
@@ -189,6 +192,26 @@ def test_an_index_whose_files_are_not_there(folder: Path) -> None:
     assert refusal(folder).startswith(f"{index}: no weight_map")
     index.write_text("[]")
     assert refusal(folder) == f"{index}: holds a list; expected an object"
+
+
+@pytest.mark.parametrize("asked", ["truncation", "padding"])
+def test_the_command_answers_whole_prompts_alone(folder: Path, asked: str) -> None:
+    """Whatever its tokenizer.json was last used for."""
+    tokenizer, text = byte_tokenizer(), "What is 17 and 25?"
+    prompt = tokenizer.encode(text).ids
+    engine = Engine(EngineConfig(checkpoint=str(folder), cache_tokens=64))
+    expected = tokenizer.decode(engine.generate([prompt], [GREEDY])[0].tokens)
+    if asked == "truncation":
+        tokenizer.enable_truncation(5)
+    else:
+        tokenizer.enable_padding(length=32, pad_id=33)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    line = f'parameters {{ key: "checkpoint" value {{ string_value: "{folder}" }} }}'
+    (folder / "config.pbtxt").write_text(line)
+    given = ["generate", text, "--model", str(folder), "--max-tokens", "8", "--device", "cpu"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0
+    assert done.stdout == f"{expected}\n"
 
 
 def test_a_tokenizer_that_is_none(folder: Path, tmp_path: Path) -> None:
