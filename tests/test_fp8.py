@@ -107,6 +107,10 @@ def test_products_in_fp8_are_as_near_as_rounded_rows(
         (compressed("group"), "strategy 'group'"),
         (compressed("block", block_structure=[1, 128]), r"block_structure \[1, 128\]"),
         (compressed("tensor") | {"config_groups": {}}, r"config_groups \[\]"),
+        (
+            compressed("tensor") | {"transform_config": {"config_groups": {"R4": {}}}},
+            "transform_config {.*'R4'",
+        ),
         ({"quant_method": "gptq", "bits": 4}, "quant_method 'gptq'"),
     ],
     ids=str,

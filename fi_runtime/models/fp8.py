@@ -66,6 +66,9 @@ def _read_plain(quantisation: dict[str, Any]) -> Fp8:
 
 
 def _read_compressed(quantisation: dict[str, Any]) -> Fp8:
+    if quantisation.get("transform_config"):
+        # Rotations of what goes into projections, which weights alone do not tell.
+        raise _unsupported("transform_config", quantisation["transform_config"])
     groups = list((quantisation.get("config_groups") or {}).values())
     if len(groups) != 1 or groups[0].get("targets") != ["Linear"]:
         raise _unsupported("config_groups", groups)
