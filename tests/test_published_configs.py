@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, GenerationConfig
 
 from fi_runtime.engine.build import weight_bytes
 from fi_runtime.models import load_model_config
@@ -167,3 +168,9 @@ def test_what_is_read_of_published_models(
 def test_the_end_tokens_of_one_that_reads_images(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["gemma-3-4b-it"]))
     assert load_model_config(tmp_path).eos_ids == (1, 106)
+    config = {k: v for k, v in PUBLISHED["gemma-3-4b-it"].items() if k != "eos_token_id"}
+    config["text_config"] = config["text_config"] | {"eos_token_id": [7, 8]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = AutoConfig.from_pretrained(tmp_path)
+    expected = GenerationConfig.from_model_config(found).eos_token_id
+    assert load_model_config(tmp_path).eos_ids == tuple(expected) == (7, 8)

@@ -67,10 +67,13 @@ def load_model_config(folder: Path) -> ModelConfig:
 
 
 def _eos_ids(folder: Path, found: PretrainedConfig) -> tuple[int, ...]:
-    """generation_config.json's end-of-sequence tokens, else config.json's."""
+    """Those of generation_config.json, else of config.json, else of the text model in it."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
-    ids = generation.get("eos_token_id", getattr(found, "eos_token_id", None))
+    ids = getattr(found, "eos_token_id", None)
+    if ids is None:
+        ids = found.get_text_config().eos_token_id
+    ids = generation.get("eos_token_id", ids)
     if ids is None:
         return ()
     return (ids,) if isinstance(ids, int) else tuple(ids)
