@@ -67,7 +67,7 @@ class Attach(msgspec.Struct, tag=True, frozen=True):
     """A front end arrives. ``front_end`` is the address of its channel; answered by Attached."""
 
     front_end: bytes
-    pid: int
+    pid: Annotated[int, Meta(ge=1, le=MAX_INT32)]
 
 
 class Detach(msgspec.Struct, tag=True, frozen=True):
@@ -160,3 +160,5 @@ FromEngine = Attached | Step
 encode = msgspec.msgpack.Encoder().encode
 decode_from_front_end = msgspec.msgpack.Decoder(FromFrontEnd).decode
 decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+NOT_A_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""what decoding raises: of the wrong kind, or with text that is none, or nested too deeply"""

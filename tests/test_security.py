@@ -26,6 +26,7 @@ from tritonclient.utils import InferenceServerException
 
 from fi_runtime.config import ConfigError
 from fi_runtime.messages import (
+    NOT_A_MESSAGE,
     Abort,
     Attach,
     Attached,
@@ -45,6 +46,7 @@ from tests.serving import (
     KNOBS,
     STREAMED,
     Reference,
+    engines,
     error_of,
     generate,
     grpc_client,
@@ -126,20 +128,34 @@ def test_each_side_refuses_what_is_no_message(
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     for decode in (decode_from_front_end, decode_from_engine):
-        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        with contextlib.suppress(*NOT_A_MESSAGE):
             decode(data)
 
 
 def test_an_engine_ignores_what_is_no_message(server: TritonServer, reference: Reference) -> None:
     """Nor does it do anything for a front end that it does not know."""
+    [engine] = engines(server)
+    long = SamplingParams(max_tokens=3000, seed=1, guide="a text")
+    from_nobody = encode(Generate(b"nobody", 0, [1], long))
+    abort = encode(Abort(b"nobody", 0))
+    messages = [
+        b"",
+        b"garbage",
+        encode(7),
+        from_nobody,
+        from_nobody.replace(b"a text", b"\xff" * 6),
+        # With one more key, whose value is nested far too deeply.
+        bytes([abort[0] + 1]) + abort[1:] + b"\xa1x" + b"\x91" * 100_000,
+        *(encode(Attach(b"nobody", pid)) for pid in (-1, 0, 1 << 40)),
+    ]
     with zmq.Context() as context, context.socket(zmq.PUSH) as pushed:
         pushed.connect(RunFolder.of(server.pid, STREAMED).requests)
-        long = SamplingParams(max_tokens=3000, seed=1)
-        for message in (b"", b"garbage", encode(Generate(b"nobody", 0, [1], long)), encode(7)):
+        for message in messages:
             pushed.send(message)
         pushed.send_multipart([b"two", b"frames"])
         answer = stream(server, text_input="after", max_tokens=9, temperature=0.0)
         assert joined(answer) == reference.text("after", 9)
+    assert engines(server) == [engine], "it did not die of any"
 
 
 # What a request can make a server do

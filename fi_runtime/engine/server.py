@@ -27,6 +27,7 @@ from fi_runtime.engine.phases import Phases, process_begin
 from fi_runtime.engine.sequence import SequenceKey
 from fi_runtime.messages import (
     HEARTBEAT_S,
+    NOT_A_MESSAGE,
     SHOW_STACKS,
     Abort,
     Attach,
@@ -146,7 +147,7 @@ class EngineServer:
                 return
             try:
                 message = decode_from_front_end(frames[-1])
-            except msgspec.MsgspecError as error:
+            except NOT_A_MESSAGE as error:
                 log.error("a message that is none was ignored: %s", error)
                 continue
             self._handle(message)
