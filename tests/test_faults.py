@@ -219,6 +219,39 @@ def test_a_request_gets_no_longer_than_its_timeout(
     wait_until(lambda: is_free(tight), 20, "the engine is free")
 
 
+def test_requests_of_a_batch_do_not_wait_for_each_other(
+    tight: TritonServer, reference: Reference
+) -> None:
+    """Which Triton hands over together, while there is no engine to give them to."""
+    expected = "patient" + reference.text("patient", 9)
+    assert_as_before(tight, reference)
+    [engine] = engines(tight)
+    engine.kill()
+    wait_until(lambda: metric(tight, "fi_runtime:engine_up") == 0, 5, "its death is noticed")
+
+    def ask(timeout_s: float) -> tuple[str, float]:
+        inputs = tensors_of(tritonclient.grpc, {"text_input": "hasty", "max_tokens": 9})
+        begin = time.monotonic()
+        with contextlib.closing(grpc_client(tight)) as client:
+            status, _ = error_of(client.infer, UNARY, inputs, timeout=round(timeout_s * 1e6))
+        return status, time.monotonic() - begin
+
+    with ThreadPoolExecutor(10) as pool:
+        # One for each front end, so that the others come together once these have ended.
+        first = [pool.submit(ask, 0.4) for _ in range(2)]
+        time.sleep(0.1)
+        inputs = {"text_input": "patient", "max_tokens": 9, "temperature": 0.0}
+        patient = pool.submit(infer_grpc, tight, **inputs)
+        time.sleep(0.1)
+        hasty = [pool.submit(ask, 0.3) for _ in range(7)]
+        ends = [call.result() for call in (*first, *hasty)]
+        assert not patient.done(), "there is still no engine"
+        assert {status for status, _ in ends} == {"StatusCode.UNAVAILABLE"}
+        assert max(seconds for _, seconds in ends) < 1.3
+        assert patient.result().text == expected
+    assert_as_before(tight, reference)
+
+
 # Disks and memory
 
 

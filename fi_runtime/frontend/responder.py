@@ -34,6 +34,11 @@ class Responder:
         self._lock = threading.Lock()
         self._ended = False
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last response is out."""
+        return self._ended
+
     def is_cancelled(self) -> bool:
         """Whether the client has gone; false once the last response is out. Never raises."""
         with self._lock:

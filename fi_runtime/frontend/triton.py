@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,17 @@ ANSWERED = ("stop", "complete", "length")
 """how sequences finish that an engine has computed to their end"""
 SENDERS = 3
 """threads that send: one mostly waits for the server to take a response, without Python's lock"""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A request that Triton has handed over, and no engine has heard of."""
+
+    request: Any
+    responder: Responder
+    arrived: float
+    """of time.monotonic"""
+    deadline: Deadline
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,8 @@ class TritonPythonModel:
         self._outboxes: list[SimpleQueue[list[Output]]] = [SimpleQueue() for _ in range(SENDERS)]
         """what the engine gave the requests of each sender; nothing at all asks it to look up"""
         self._next_outbox = itertools.cycle(self._outboxes)
+        self._waiting: deque[Waiting] = deque()
+        """what Triton handed over last; the thread that calls ``execute`` alone knows of it"""
         self._gave_up = ""
         """why nobody starts the engine again, while that is so"""
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
@@ -122,16 +135,25 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
-        for request in requests:
-            record = RequestRecord(request.request_id()) if self._log_requests else None
-            responder = Responder(request.get_response_sender(), self._batched, record)
+        self._waiting = deque(self._waiting_of(request) for request in requests)
+        while self._waiting:
+            responder = self._waiting[0].responder
             try:
-                self._submit(request, responder)
+                if not responder.has_ended:
+                    self._submit(self._waiting[0])
             except RequestError as error:
                 responder.fail(error)
             except Exception as error:
                 log.exception("a request failed")
                 responder.fail(_surprise(error))
+            self._waiting.popleft()
+
+    def _waiting_of(self, request: Any) -> Waiting:
+        record = RequestRecord(request.request_id()) if self._log_requests else None
+        responder = Responder(request.get_response_sender(), self._batched, record)
+        arrived = time.monotonic()
+        deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
+        return Waiting(request, responder, arrived, deadline)
 
     def finalize(self) -> None:
         """Leave the engine. Triton calls this when every request has had its last response."""
@@ -187,8 +209,8 @@ class TritonPythonModel:
         self._tokenizer.no_padding()
         self._served = Served.of(Path(config.checkpoint), self._tokenizer, self._link.info, config)
 
-    def _submit(self, request: Any, responder: Responder) -> None:
-        arrived = time.monotonic()
+    def _submit(self, waiting: Waiting) -> None:
+        request, responder, deadline = waiting.request, waiting.responder, waiting.deadline
         tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
         parameters = json.loads(request.parameters() or "{}")
         parsed = parse_request(tensors, parameters, self._served)
@@ -200,20 +222,19 @@ class TritonPythonModel:
             )
         numbers = range(self._next_number, self._next_number + len(parsed.samples))
         self._next_number = numbers.stop
-        deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
-        times = RequestTimes(arrived, len(parsed.prompt), len(parsed.samples))
+        times = RequestTimes(waiting.arrived, len(parsed.prompt), len(parsed.samples))
         if responder.record is not None:
             responder.record.times = times
         answer = Answer(parsed, self._tokenizer, self._grouping)
         # A request that no engine has heard of is not hurt by an engine's death: it waits.
         has_credit = False
         while not has_credit:
-            link = self._await_engine(responder, deadline)
+            link = self._await_engine()
             messages = [
                 encode(Generate(link.name, number, parsed.prompt, params))
                 for number, params in zip(numbers, parsed.samples, strict=True)
             ]
-            has_credit = self._await_credit(link, responder, deadline)
+            has_credit = self._await_credit(link)
         in_flight = InFlight(
             link, numbers, next(self._next_outbox), answer, responder, times, deadline
         )
@@ -223,7 +244,7 @@ class TritonPythonModel:
         for number, message in zip(numbers, messages, strict=True):
             if not has_credit:
                 try:
-                    if not self._await_credit(link, responder, deadline):
+                    if not self._await_credit(link):
                         return
                 except RequestError as error:
                     self._end(in_flight, error)
@@ -235,16 +256,16 @@ class TritonPythonModel:
             if number not in self._in_flight:
                 link.send(encode(Abort(link.name, number)))
 
-    def _await_engine(self, responder: Responder, deadline: Deadline) -> EngineLink:
+    def _await_engine(self) -> EngineLink:
         """Block until there is an engine."""
         while (link := self._link).lost:
             if self._gave_up:
                 raise RequestError("UNAVAILABLE", self._gave_up)
-            self._raise_if_over(responder, deadline)
+            self._end_those_in_vain()
             time.sleep(CANCELLATION_CHECK_S)
         return link
 
-    def _await_credit(self, link: EngineLink, responder: Responder, deadline: Deadline) -> bool:
+    def _await_credit(self, link: EngineLink) -> bool:
         """Block until the engine has room, which leaves all else to Triton's own queue.
 
         False if it is lost.
@@ -252,17 +273,22 @@ class TritonPythonModel:
         while not link.take_credit(CANCELLATION_CHECK_S):
             if link.lost:
                 return False
-            self._raise_if_over(responder, deadline)
+            self._end_those_in_vain()
         return True
 
-    def _raise_if_over(self, responder: Responder, deadline: Deadline) -> None:
-        """End a request that waits in vain."""
-        if responder.is_cancelled():
-            raise RequestError("CANCELLED", "the request was cancelled")
-        if self._drain.is_over:
-            raise self._ending()
-        if (late := deadline.error) is not None:
-            raise late
+    def _end_those_in_vain(self) -> None:
+        """End what waits in vain behind the request whose turn it is; raise if that one does."""
+        for waiting in itertools.islice(self._waiting, 1, None):
+            if (error := self._in_vain(waiting)) is not None:
+                waiting.responder.fail(error)
+        if (error := self._in_vain(self._waiting[0])) is not None:
+            raise error
+
+    def _in_vain(self, waiting: Waiting) -> RequestError | None:
+        """Why a request need wait no longer."""
+        if waiting.responder.is_cancelled():
+            return RequestError("CANCELLED", "the request was cancelled")
+        return self._ending() if self._drain.is_over else waiting.deadline.error
 
     def _ending(self) -> RequestError:
         return RequestError(
