@@ -9,6 +9,9 @@ FOLDER = Path("/dev/shm")
 MIN_BYTES = 32 << 20
 """a Python-backend process takes 1 MiB and grows with its messages"""
 
+MARGIN_BYTES = 4 << 20
+"""what other processes may take at the same time"""
+
 
 def shortage() -> str | None:
     """What is wrong with it and what to do; None where there is enough."""
@@ -20,6 +23,11 @@ def shortage() -> str | None:
         "Remove what lies there, or make it larger: "
         f"mount -o remount,size=256m {FOLDER} (docker run --shm-size=256m)"
     )
+
+
+def is_low(size: int) -> bool:
+    """Whether a process may find no room for so many bytes."""
+    return shutil.disk_usage(FOLDER).free < size + MARGIN_BYTES
 
 
 def remove_of_stub(pid: int) -> None:

@@ -339,13 +339,21 @@ def test_a_full_dev_shm_fails_what_needs_it_and_nothing_after(
         ends = [error_of(infer_grpc, server, **big)[1] for _ in range(3)]
         assert all("shared memory" in end for end in ends)
         small = {"text_input": "small", "max_tokens": 9, "temperature": 0.0}
+        # More than a megabyte, with the log-probabilities of 20 tokens for each.
+        knobs = '{"n": 4, "max_tokens": 250, "temperature": 0, "logprobs": 20}'
+        wide = {"text_input": "wide", "sampling_parameters": knobs, "return_logprobs": True}
         with ThreadPoolExecutor(BATCH) as pool:
-            for call in [pool.submit(infer_grpc, server, **small) for _ in range(BATCH)]:
+            calls = [pool.submit(infer_grpc, server, **small) for _ in range(BATCH)]
+            wides = [pool.submit(error_of, infer_grpc, server, **wide) for _ in range(2)]
+            wides += [pool.submit(error_of, stream, server, **wide, stream=False) for _ in range(2)]
+            for call in calls:
                 with contextlib.suppress(InferenceServerException):
                     assert call.result().text == "small" + reference.text("small", 9)
+            assert all("shared memory" in wide_call.result()[1] for wide_call in wides)
         filler.unlink()
         assert_as_before(server, reference)
         assert infer_grpc(server, **small).text == "small" + reference.text("small", 9)
+        assert infer_grpc(server, **wide).outputs["text_output"].shape == (1, 4)
 
 
 # Clocks

@@ -12,10 +12,11 @@ import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb
+
+from fi_runtime.frontend.refused import why_refused
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +91,8 @@ class Drain:
             log.info("the %s is ending; requests in flight have %.1f s", what, self.seconds)
 
     def _answer(self) -> str:
-        try:
-            question = pb.InferenceRequest(
-                model_name=self._model,
-                requested_output_names=["text_output"],
-                inputs=[pb.Tensor("is it ending?", np.zeros(1, dtype=np.int32))],
-            )
-            answer: Any = question.exec(decoupled=self._decoupled)
-            errors = [one.error() for one in (answer if self._decoupled else [answer])]
-            return " ".join(error.message() for error in errors if error is not None)
-        except Exception as error:  # as when there is no shared memory to be had
-            return repr(error)
+        question = pb.Tensor("is it ending?", np.zeros(1, dtype=np.int32))
+        return why_refused(self._model, self._decoupled, [question])
 
     def _kill_server(self) -> None:
         """End a server that outlives its exit timeout, as one with an open gRPC stream does.

@@ -30,6 +30,7 @@ from fi_runtime.frontend.engine_link import POLL_S, EngineLink
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.one_core import OneCore
+from fi_runtime.frontend.refused import why_refused
 from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.request_log import RequestRecord
@@ -102,6 +103,7 @@ class TritonPythonModel:
             group["count"] * max(1, len(group.get("gpus", [])))
             for group in model_config["instance_group"]
         )
+        self._why_refused = partial(why_refused, args["model_name"], self._decoupled)
         self._drain = Drain(
             args["model_name"], self._decoupled, instances, self._server_pid, self._closing
         )
@@ -150,7 +152,8 @@ class TritonPythonModel:
 
     def _waiting_of(self, request: Any) -> Waiting:
         record = RequestRecord(request.request_id()) if self._log_requests else None
-        responder = Responder(request.get_response_sender(), self._batched, record)
+        sender = request.get_response_sender()
+        responder = Responder(sender, self._batched, self._why_refused, record)
         arrived = time.monotonic()
         deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
         return Waiting(request, responder, arrived, deadline)
