@@ -71,7 +71,7 @@ class Attach(msgspec.Struct, tag=True, frozen=True):
 
 
 class Detach(msgspec.Struct, tag=True, frozen=True):
-    """A front end leaves; what it still has running is cancelled."""
+    """A front end leaves; what it still has running is cancelled. Answered by Detached."""
 
     front_end: bytes
 
@@ -129,6 +129,10 @@ class Attached(msgspec.Struct, tag=True, frozen=True):
     info: EngineInfo
 
 
+class Detached(msgspec.Struct, tag=True, frozen=True):
+    """The last message on a front end's channel."""
+
+
 class Stats(msgspec.Struct, array_like=True, frozen=True):
     """How the engine is, for whoever watches."""
 
@@ -155,7 +159,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     """to one front end at a time, about once a second"""
 
 
-FromEngine = Attached | Step
+FromEngine = Attached | Detached | Step
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_front_end = msgspec.msgpack.Decoder(FromFrontEnd).decode

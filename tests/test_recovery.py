@@ -297,7 +297,8 @@ def hanging(
     repository = write_repository(folder / "repository", served_checkpoint, knobs, instances=1)
     for door in (STREAMED, UNARY):
         (repository / door / "1" / "model.py").write_text(HANGING_DOOR)
-    with TritonServer(repository, log=folder / "log") as running:
+    arguments = ["--model-control-mode=explicit", "--load-model=*"]
+    with TritonServer(repository, arguments, log=folder / "log") as running:
         running.wait_ready()
         yield running
 
@@ -340,6 +341,24 @@ def test_an_engine_that_is_stopped_is_ended(hanging: TritonServer, reference: Re
     assert probe.wait(HANG_S) == 1
     assert_as_before(hanging, reference)
     assert subprocess.run([*HEALTH, hanging.grpc_url], cwd=ROOT, timeout=HANG_S).returncode == 0
+
+
+def test_an_engine_that_hangs_is_ended_when_its_model_is_unloaded(
+    hanging: TritonServer, reference: Reference
+) -> None:
+    """There is nobody left to notice it then, and it would be in the way of the next one."""
+    assert_as_before(hanging, reference)
+    engine = hanging_engine(hanging)
+    engine.suspend()
+    with contextlib.closing(grpc_client(hanging)) as client:
+        for door in (STREAMED, UNARY):
+            client.unload_model(door)
+        only = [hanging.pid]
+        wait_until(lambda: hanging.started() == only, STEP_TIMEOUT_S + 10, "all else has ended")
+        assert not list(private_base().glob(f"{hanging.pid}-*"))
+        for door in (STREAMED, UNARY):
+            client.load_model(door)
+    assert_as_before(hanging, reference)
 
 
 def test_an_engine_that_is_held_for_less_goes_on(

@@ -33,6 +33,7 @@ from fi_runtime.messages import (
     Attach,
     Attached,
     Detach,
+    Detached,
     EngineInfo,
     FromEngine,
     FromFrontEnd,
@@ -161,6 +162,7 @@ class EngineServer:
                 self._attach(front_end, pid)
             case Detach(front_end):
                 self._detach(front_end)
+                self._say(front_end, Detached())
             case Generate(front_end, request, prompt, params):
                 self._credits.use(front_end)
                 try:

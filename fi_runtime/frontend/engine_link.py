@@ -21,6 +21,7 @@ from fi_runtime.messages import (
     Attach,
     Attached,
     Detach,
+    Detached,
     EngineInfo,
     FromEngine,
     decode_from_engine,
@@ -66,6 +67,8 @@ class EngineLink:
     ) -> None:
         engine += "" if gpu is None else f"-gpu{gpu}"
         self._folder = RunFolder.of(server_pid, engine)
+        self._parent = os.getppid()
+        self._step_timeout_s = config.step_timeout_s
         self._closing = closing or threading.Event()
         self._name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}".encode()
         self._context = zmq.Context()
@@ -190,13 +193,36 @@ class EngineLink:
         os.close(self._process_fd)
 
     def close(self) -> None:
-        """Take leave of the engine. No thread may be in ``receive`` any more."""
+        """Take leave of the engine. No thread may be in ``receive`` any more.
+
+        One that hangs is ended, since nobody else may be there to notice it.
+        """
         if not self._lost:
             self._outputs.send(encode(Detach(self._name)))
+            self._await_detached()
             self.lose("the model is being unloaded")
         with starting_lock():
             if not self.successor_lives():  # an engine that ends by itself removes its own folder
                 self._folder.remove()
+
+    def _await_detached(self) -> None:
+        """Until the engine has heard of the leaving; kill one that says nothing for too long.
+
+        Once the server is gone there is no time left.
+        """
+        silent_polls = 0
+        while self.engine_lives():
+            messages = self.receive()
+            if any(isinstance(message, Detached) for message in messages):
+                return
+            silent_polls = 0 if messages else silent_polls + 1
+            if silent_polls and os.getppid() != self._parent:
+                # At once: Triton's stub ends itself in a moment.
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._process_fd, signal.SIGKILL)
+            elif silent_polls * POLL_S > self._step_timeout_s:
+                log.error("the engine does not hear that its model is unloaded, and is killed")
+                self.kill_engine("it hung when its model was unloaded, and was killed")
 
     def _explain_end(self, process: "subprocess.Popen[bytes] | None") -> None:
         """Raise if the engine ended before it was ready; one that had served takes its folder."""
