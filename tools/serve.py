@@ -131,7 +131,7 @@ class TritonServer:
         # Of each front end, in the server: more than it has calls at a time. Those of one that has
         # died are never ended by tritonserver 2.51, whose default is 32.
         given.append(f"--backend-config=python,thread-pool-size={CALL_THREADS}")
-        key = secrets.token_hex(16)  # known to nobody
+        key = secrets.token_hex(16)  # known to no client
         given += [
             f"--{name}={RESTRICTED}:admin={key}"
             for name in ("http-restricted-api", "grpc-restricted-protocol")
