@@ -7,10 +7,10 @@ one; for each model a real tritonserver: its start, perf_analyzer against both d
 default checkpoint the share of its tasks answered exactly; the transport alone; the engine offline
 against the same engine served; and the engine alone: how near each family's answers are to
 transformers', its peers' benchmarks, a mixture of experts, what its steps are made of, streams
-beside long prompts, shared prefixes, and adapters. Each part writes its results file and is run
-whatever became of those before it; the exit code is 1 if any failed. Parts: tests, doctor,
-attention, served, transport, serving, fidelity, offline, latency, moe, timeline, mixed, prefix,
-lora; all where none is named.
+beside long prompts, shared prefixes, and adapters; and a server under faults. Each part writes its
+results file and is run whatever became of those before it; the exit code is 1 if any failed. Parts:
+tests, doctor, attention, served, transport, serving, fidelity, offline, latency, moe, timeline,
+mixed, prefix, lora, soak; all where none is named.
 """
 
 import functools
@@ -48,6 +48,7 @@ AT_A_TIME = 4
 """of the tests that may share the GPU; what takes long is that each starts an engine"""
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
+SOAK_MINUTES = "8"
 ALONE = ("fidelity", "offline", "latency", "moe", "timeline", "mixed", "prefix", "lora")
 """of the engine, without a server"""
 
@@ -190,6 +191,9 @@ def main(
         "transport": lambda: _run("bench.transport", "4", "--out", str(out / "transport.json")),
         "serving": serving,
         **{name: functools.partial(measure, name) for name in ALONE},
+        "soak": lambda: _run(
+            "bench.soak", "--minutes", SOAK_MINUTES, "--out", str(out / "soak.json")
+        ),
     }
     failed = []
     for name in parts or known:

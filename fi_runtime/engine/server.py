@@ -280,8 +280,9 @@ def main(argv: list[str]) -> int:
 
 
 def _fail(folder: RunFolder, reason: str) -> int:
-    """Leave word for the front ends."""
-    folder.failure.write_text(reason, encoding="utf-8")
+    """Leave word for the front ends, if the disk has room for it."""
+    with contextlib.suppress(OSError):
+        folder.failure.write_text(reason, encoding="utf-8")
     return 1
 
 
