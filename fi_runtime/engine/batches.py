@@ -1,7 +1,7 @@
 """What steps compute, in arrays; a decode step's are those of the one before it, updated."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,10 @@ class Batch:
     """of ``sampler.draws_of``"""
     decodes: bool
     """whether each sequence computes one token and gets one"""
+    looks_back: bool
+    """whether any sequence's next token is chosen by those before it"""
+    logprobs: list[int | None]
+    """(sequences,), as ``sampler.logprobs`` takes them"""
 
 
 class Batches:
@@ -80,16 +84,12 @@ class Batches:
                 self._views[row] = self._slots.pages(last.sequences[row], int(page_counts[row]))
             page_starts, pages = starts(page_counts), np.concatenate(self._views)
         indices = last.indices + np.uint64(1)
-        return Batch(
+        return replace(
+            last,
             layout=StepLayout(last.layout.query_starts, contexts, page_starts, pages),
             tokens=-1 - last.slots,
-            adapters=last.adapters,
-            sequences=last.sequences,
-            last_rows=last.last_rows,
-            slots=last.slots,
             indices=indices,
             draws=self._slots.draws(last.slots, indices),
-            decodes=True,
         )
 
     def _new(self, chunks: list[Chunk]) -> Batch:
@@ -129,6 +129,8 @@ class Batches:
             indices=indices,
             draws=self._slots.draws(slots, indices),
             decodes=len(tokens) == len(chunks) == len(sequences),
+            looks_back=any(sequence.looks_back for sequence in sequences),
+            logprobs=[sequence.params.logprobs for sequence in sequences],
         )
 
     def _page_counts(self, contexts: Int32s) -> Int32s:

@@ -24,6 +24,8 @@ class Launched:
 
     sequences: list[Sequence]
     """those that get a token"""
+    looks_back: bool
+    """whether the next one of any is chosen by its tokens, this one among them"""
     dead_ends: dict[int, str]
     """of rows whose guides let no token follow, and why; their tokens mean nothing"""
     _tokens: Download
@@ -72,7 +74,7 @@ class Runner:
         sequences = batch.sequences
         if not sequences:
             self._forward(batch)
-            return Launched([], {}, Download(torch.empty(0, dtype=torch.int64)), None)
+            return Launched([], False, {}, Download(torch.empty(0, dtype=torch.int64)), None)
         graphs = self._graphs.decode if batch.decodes else None
         if graphs is not None and graphs.fits(len(sequences)):
             logits = graphs.forward(
@@ -83,7 +85,7 @@ class Runner:
             hidden = self._forward(batch)
             logits = self._model.logits(hidden[upload(batch.last_rows, self._device)])
         wanted, dead_ends = logits, dict[int, str]()
-        if any(sequence.looks_back for sequence in sequences):
+        if batch.looks_back:
             wanted = edited(logits, sequences)
             guides = [sequence.guide for sequence in sequences]
             if any(guides):
@@ -95,9 +97,10 @@ class Runner:
             chosen = sampler.choose(wanted, batch.draws, there)
         return Launched(
             sequences,
+            batch.looks_back,
             dead_ends,
             Download(chosen),
-            sampler.logprobs(logits, chosen, [one.params.logprobs for one in sequences]),
+            sampler.logprobs(logits, chosen, batch.logprobs),
         )
 
     def _forward(self, batch: Batch) -> torch.Tensor:
