@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,18 +30,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in several processes, those of a file share one, and those of the GPU.
 
-    A file's tests share a server; and engines on a GPU would take each other's memory.
+    A file's tests share a server; and of a GPU's some have it for themselves.
     """
     for item in items:
         group = "gpu" if item.get_closest_marker("gpu") else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 
 
-@pytest.fixture(scope="session", params=["llama 3.1", "llama, biased", "qwen3"])
+TWINS: dict[str, dict[str, Any]] = {
+    "llama 3.1": {"num_attention_heads": 6, "head_dim": 16},
+    "llama, biased": {"num_key_value_heads": 4, "head_dim": 12},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True},
+}
+"""A few families, and what their shapes have of their own: one, three and four query heads for each
+key/value head."""
+
+
+@pytest.fixture(scope="session", params=TWINS)
 def twin(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Twin:
     """Of a few families, for what is alike in all."""
     folder = tmp_path_factory.mktemp("twin")
-    return Twin(folder, write(request.param, folder))
+    return Twin(folder, write(request.param, folder, **TWINS[request.param]))
 
 
 @pytest.fixture(scope="session")

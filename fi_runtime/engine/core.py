@@ -170,7 +170,7 @@ class Engine:
     def step(self) -> list[tuple[SequenceKey, Output]]:
         """Launch a step; what the one before it gave each sequence that has a new token."""
         outputs = self._take_guides()
-        if self._launched is not None and self._launched.looks_back:
+        if self._launched is not None and any(one.looks_back for one in self._launched.sequences):
             outputs += self._collect()
         launched = None
         if chunks := self.scheduler.schedule():
@@ -206,12 +206,11 @@ class Engine:
         outputs = []
         for row, sequence in enumerate(launched.sequences):
             sequence.pending -= 1
-            key = sequence.key
             # It may have ended meanwhile, and even another have come by its name.
-            if self._sequences.get(key) is sequence:
+            if self._sequences.get(sequence.key) is sequence:
                 dead_end = launched.dead_ends.get(row, "")
                 output = self._advance(sequence, tokens[row], logprobs[row], dead_end)
-                outputs.append((key, output))
+                outputs.append((sequence.key, output))
         return outputs
 
     def _take_guides(self) -> list[tuple[SequenceKey, Output]]:
@@ -265,29 +264,37 @@ class Engine:
         dead_end: str,
     ) -> Output:
         """Append a token; where it ends the sequence, free its pages."""
-        guide = sequence.guide
-        if guide is not None:
+        if sequence.guide is not None:
             try:
                 if dead_end:
                     raise DeadEnd(dead_end)
-                guide.advance(token)
+                sequence.guide.advance(token)
             except (DeadEnd, ValueError) as error:
                 self.abort(sequence.key)
                 reason = f"its guide cannot be followed any further: {error}"
                 return Output(sequence.key[1], [], None, "failed", reason)
         sequence.tokens.append(token)
-        finish: FinishReason | None = None
-        if token in sequence.end_ids or (guide is not None and token in guide.eos_ids):
-            finish = "stop"
-        elif guide is not None and guide.is_complete:
-            finish = "complete"
-        elif len(sequence.tokens) == sequence.max_length:
-            finish = "length"
+        finish = self._finish_reason(sequence, token)
         if finish is not None:
             self.abort(sequence.key)
-        rows = None if logprobs is None else [logprobs]
-        # By position: by name takes twice as long, and every step does it for every sequence.
-        return Output(sequence.key[1], [token], rows, finish)
+        return Output(
+            request=sequence.key[1],
+            tokens=[token],
+            logprobs=None if logprobs is None else [logprobs],
+            finish=finish,
+        )
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
+        if token in sequence.end_ids:
+            return "stop"
+        if sequence.guide is not None:
+            if token in sequence.guide.eos_ids:
+                return "stop"
+            if sequence.guide.is_complete:
+                return "complete"
+        if len(sequence.tokens) == sequence.max_length:
+            return "length"
+        return None
 
 
 def _tokens_named(params: SamplingParams) -> Iterable[int]:
