@@ -11,7 +11,7 @@ from fi_runtime.config import EngineConfig
 from fi_runtime.engine.batches import Batch, Batches
 from fi_runtime.engine.core import Engine
 from fi_runtime.engine.runner import Runner
-from fi_runtime.engine.sequence import Chunk
+from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.messages import SamplingParams
 
 SEQUENCES, PAGE_SIZE = 6, 4
@@ -39,6 +39,23 @@ def check_same(batch: Batch, anew: Batch) -> None:
             [sequence] = [one for one in batch.sequences if one.slot == -1 - token]
             assert sequence.tokens[-1] == expected
             assert sequence.pending == 0
+
+
+def test_a_sequence_that_begins_again_has_its_new_pages() -> None:
+    """With the same ones around it, as where it gave way and finds pages that others share."""
+    params = SamplingParams(max_tokens=9, temperature=0.0, seed=0)
+    sequences = [Sequence((b"", number), [1, 2, 3], params) for number in range(2)]
+    for slot, sequence in enumerate(sequences):
+        sequence.slot, sequence.pages, sequence.num_cached = slot, [slot + 1], 2
+    batches = Batches(SEQUENCES, PAGE_SIZE)
+    batches.of([Chunk(sequence, 1, True, begins=True) for sequence in sequences])
+    for sequence in sequences:
+        sequence.tokens.append(4)
+        sequence.num_cached += 1
+    sequences[1].pages = [7]
+    batch = batches.of([Chunk(sequences[0], 1, True), Chunk(sequences[1], 1, True, begins=True)])
+    assert batch.layout.pages.tolist() == [1, 7]
+    assert batch.tokens.tolist() == [4, 4]
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["in turn", "ahead"])

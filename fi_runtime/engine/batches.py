@@ -1,6 +1,5 @@
 """What steps compute, in arrays; a decode step's are those of the one before it, updated."""
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -145,7 +144,7 @@ def _turn(chunk: Chunk) -> tuple[bool, int]:
     return chunk.count == 1, -(chunk.sequence.num_cached + chunk.count)
 
 
-def _adapters(chunks: Seq[Chunk]) -> Int64s | None:
+def _adapters(chunks: list[Chunk]) -> Int64s | None:
     """The adapter of each token; None if none has any."""
     if not any(chunk.sequence.adapter for chunk in chunks):
         return None

@@ -170,7 +170,7 @@ class Engine:
     def step(self) -> list[tuple[SequenceKey, Output]]:
         """Launch a step; what the one before it gave each sequence that has a new token."""
         outputs = self._take_guides()
-        if self._launched is not None and any(one.looks_back for one in self._launched.sequences):
+        if self._launched is not None and self._launched.looks_back:
             outputs += self._collect()
         launched = None
         if chunks := self.scheduler.schedule():

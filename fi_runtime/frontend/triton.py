@@ -132,8 +132,8 @@ class TritonPythonModel:
             threading.Thread(target=self._receive, name="tokens", daemon=True),
             threading.Thread(target=self._watch, name="cancellation", daemon=True),
         ]
-        self._asks = threading.Thread(target=self._drain.watch, name="drain", daemon=True)
-        self._asks.start()
+        self._drain_thread = threading.Thread(target=self._drain.watch, name="drain", daemon=True)
+        self._drain_thread.start()
         for thread in self._threads:
             thread.start()
         self._threads += senders
@@ -167,7 +167,7 @@ class TritonPythonModel:
         for thread in self._threads:
             thread.join()
         # RACE: what it asked last may never be answered by a server that unloads its model.
-        self._asks.join(DRAIN_END_S)
+        self._drain_thread.join(DRAIN_END_S)
         self._metrics.close()
         self._link.close()
 
