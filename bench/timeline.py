@@ -10,6 +10,7 @@ Models are shapes of ``bench.shapes`` with random weights. Needs a GPU.
 """
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -51,12 +52,14 @@ class Span:
     name: str
     begin: float
     end: float
+    launch: int
+    """the host's call that it is of; a graph's spans are of one"""
 
 
 def spans_of(trace: dict[str, Any]) -> list[Span]:
     """What the GPU did, in the order of beginning, of a trace in Chrome's format."""
     spans = [
-        Span(event["name"], event["ts"], event["ts"] + event["dur"])
+        Span(event["name"], event["ts"], event["ts"] + event["dur"], event["args"]["correlation"])
         for event in trace["traceEvents"]
         if event.get("cat") in ON_GPU
     ]
@@ -71,6 +74,22 @@ def gaps_of(spans: Iterable[Span]) -> list[float]:
             gaps.append(span.begin - busy_until)
         busy_until = max(span.end, busy_until or 0.0)
     return gaps
+
+
+def replays_of(spans: Iterable[Span]) -> list[tuple[float, float]]:
+    """When each replay of a step's graph begins and ends, in order.
+
+    A step may have smaller graphs besides, and kernels of their own; these are none.
+    """
+    launches: dict[int, list[Span]] = defaultdict(list)
+    for span in spans:
+        launches[span.launch].append(span)
+    most = max(len(own) for own in launches.values())
+    return sorted(
+        (min(span.begin for span in own), max(span.end for span in own))
+        for own in launches.values()
+        if 2 * len(own) > most
+    )
 
 
 def totals_of(spans: Iterable[Span]) -> list[dict[str, Any]]:
@@ -111,7 +130,7 @@ def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> f
         begin = time.perf_counter()
         engine.step()
         host.append(time.perf_counter() - begin)
-    for steps in (1, STEPS):  # to warm up, too
+    for steps in (1, 1 + STEPS):  # to warm up, too
         with profile(activities=[ProfilerActivity.CUDA]) as recording:
             for _ in range(steps):
                 engine.step()
@@ -126,7 +145,10 @@ def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> f
 def point(engine: Engine, batch: int, params: SamplingParams, keep: Path | None) -> dict[str, Any]:
     """One batch's times of a step, in microseconds, and what the GPU's are made of.
 
-    Keys: batch, context, step_us, host_us, longest_gap_us, idle_us, kernels of all the steps.
+    Keys: batch, context, step_us, host_us, between_us (the longest time from one replay's end to
+    the next one's begin), longest_gap_us and idle_us (of a step, with pauses between kernels),
+    kernels of all the steps. From the end of the first replay on: the profiler itself delays what
+    comes before.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
@@ -134,16 +156,24 @@ def point(engine: Engine, batch: int, params: SamplingParams, keep: Path | None)
         text = path.read_bytes()
     if keep is not None:
         keep.write_bytes(gzip.compress(text))
-    spans = spans_of(json.loads(text))
-    gaps = gaps_of(spans)
+    return {"batch": batch, "context": CONTEXT, "host_us": round(host_s * 1e6, 1)} | times_of(
+        spans_of(json.loads(text))
+    )
+
+
+def times_of(spans: list[Span]) -> dict[str, Any]:
+    """What ``point`` gives, but for what is known without a trace."""
+    replays = replays_of(spans)
+    begin, end = replays[0][1], replays[-1][1]
+    recorded = [span for span in spans if begin <= span.begin < end]
+    gaps = gaps_of([Span("", begin, begin, 0), *recorded])
+    between = [after[0] - before[1] for before, after in itertools.pairwise(replays)]
     return {
-        "batch": batch,
-        "context": CONTEXT,
-        "step_us": round((max(span.end for span in spans) - spans[0].begin) / STEPS, 1),
-        "host_us": round(host_s * 1e6, 1),
+        "step_us": round((end - begin) / len(between), 1),
+        "between_us": round(max(between), 1),
         "longest_gap_us": round(max(gaps), 1),
-        "idle_us": round(sum(gaps) / STEPS, 1),
-        "kernels": totals_of(spans),
+        "idle_us": round(sum(gaps) / len(between), 1),
+        "kernels": totals_of(recorded),
     }
 
 
@@ -189,8 +219,8 @@ def main(
         release()
     for row in rows:
         title = (
-            "{model}, batch {batch}: step {step_us} us, host {host_us}, idle {idle_us}, "
-            "longest {longest_gap_us}"
+            "{model}, batch {batch}: step {step_us} us, host {host_us}, between two {between_us}, "
+            "idle {idle_us}"
         )
         table = Table("kernel", "calls a step", "us a step", title=title.format(**row))
         for total in row["kernels"]:

@@ -18,7 +18,7 @@ from bench.limits import limits_of
 from bench.moe import counting
 from bench.offline import work
 from bench.shapes import SHAPES, write_shape
-from bench.timeline import gaps_of, short, spans_of, totals_of
+from bench.timeline import gaps_of, short, spans_of, times_of, totals_of
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import weight_bytes
 from fi_runtime.engine.core import Engine
@@ -170,22 +170,47 @@ def test_fidelity_tells_a_model_that_is_served_as_it_is_from_another(tmp_path: P
     assert error > 1e-3
 
 
-def event(name: str, begin: float, duration: float, category: str = "kernel") -> dict[str, object]:
-    return {"name": name, "ts": begin, "dur": duration, "cat": category}
+def event(
+    name: str, begin: float, duration: float, launch: int = 0, category: str = "kernel"
+) -> dict[str, object]:
+    arguments = {"correlation": launch}
+    return {"name": name, "ts": begin, "dur": duration, "cat": category, "args": arguments}
 
 
 def test_a_timeline_knows_when_the_gpu_idles_and_what_it_does() -> None:
     events = [
         event("void second<float>(int)", 14.0, 6.0),
-        event("launch", 0.0, 50.0, "cuda_runtime"),
+        event("launch", 0.0, 50.0, category="cuda_runtime"),
         event("void first<int>(float*)", 0.0, 10.0),
-        event("Memcpy HtoD (Pinned -> Device)", 9.0, 2.0, "gpu_memcpy"),
+        event("Memcpy HtoD (Pinned -> Device)", 9.0, 2.0, category="gpu_memcpy"),
         event("void first<long>(float*)", 23.5, 1.0),
     ]
     spans = spans_of({"traceEvents": events})
     assert [short(span.name) for span in spans] == ["first", "Memcpy HtoD ", "second", "first"]
     assert gaps_of(spans) == [3.0, 3.5]
     assert totals_of(spans)[0] == {"kernel": "first", "calls": 2, "us": 11.0}
+
+
+def test_a_timeline_begins_where_the_first_replay_ends() -> None:
+    """Three steps of two kernels that one launch gave, with a copy and a kernel between."""
+    events = [event("slow copy", 0.0, 500.0, launch=1, category="gpu_memcpy")]
+    for step, begin in enumerate((600.0, 640.0, 683.0)):
+        events += [
+            event("one", begin, 10.0, launch=10 + step),
+            event("two", begin + 12.0, 18.0, launch=10 + step),
+            event("kept", begin + 31.0, 1.0, launch=20 + step),
+            event("copy", begin + 33.0, 2.0, launch=30 + step, category="gpu_memcpy"),
+        ]
+    times = times_of(spans_of({"traceEvents": events}))
+    # 40 and 43 from one's begin to the next's; 10 and 13 between, of which a copy takes 3 with
+    # the kernel; and 2 within each.
+    assert times["step_us"] == 41.5
+    assert times["between_us"] == 13.0
+    assert times["longest_gap_us"] == 8.0
+    assert times["idle_us"] == pytest.approx(((1 + 1 + 5 + 2) + (1 + 1 + 8 + 2)) / 2)
+    assert {each["kernel"]: each["calls"] for each in times["kernels"]} == dict.fromkeys(
+        ("one", "two", "kept", "copy"), 2
+    )
 
 
 def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
