@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bench import lora, mixed, prefix
+from bench import lora, mixed, plot_engine, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
 from bench.families import write
@@ -211,6 +211,20 @@ def test_a_timeline_begins_where_the_first_replay_ends() -> None:
     assert {each["kernel"]: each["calls"] for each in times["kernels"]} == dict.fromkeys(
         ("one", "two", "kept", "copy"), 2
     )
+
+
+def test_engines_are_drawn_by_the_share_of_the_limit_that_they_reach() -> None:
+    offline = {"model": "Llama-3.1-8B", "tokens_per_s": 9000.0, "limit_tokens_per_s": 10_000.0}
+    latency = {"batch": 8, "context": 1024, "tpot_ms": 6.0, "limit_ms": 5.4}
+    lines = plot_engine.shares(
+        {"rows": [offline]}, {"rows": [{"model": m, **latency} for m in ("Llama-3.1-8B", "other")]}
+    )
+    assert list(lines) == ["Llama-3.1-8B, 8 x 1,024", "Llama-3.1-8B, offline", "other, 8 x 1,024"]
+    ours, peer = plot_engine.OURS, plot_engine.VLLM
+    assert lines["other, 8 x 1,024"] == {ours: pytest.approx(0.9)}
+    assert lines["Llama-3.1-8B, 8 x 1,024"][ours] == pytest.approx(0.9)
+    assert lines["Llama-3.1-8B, 8 x 1,024"][peer] == pytest.approx(5.4 / 7.04)
+    assert lines["Llama-3.1-8B, offline"][peer] == pytest.approx(0.8154)
 
 
 def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
