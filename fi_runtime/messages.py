@@ -103,7 +103,7 @@ class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):
     rank: int
 
 
-class Output(msgspec.Struct, array_like=True, frozen=True):
+class Output(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What one step gave one sequence."""
 
     request: RequestId

@@ -18,7 +18,7 @@ from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Launched
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Chunk, Sequence, SequenceKey
-from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats, TokenLogprob
+from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats
 
 log = logging.getLogger(__name__)
 
@@ -203,14 +203,31 @@ class Engine:
         if launched is None:
             return []
         tokens, logprobs = launched.wait()
-        outputs = []
+        outputs, running, dead_ends = [], self._sequences, launched.dead_ends
         for row, sequence in enumerate(launched.sequences):
+            token = tokens[row]
             sequence.pending -= 1
+            key = sequence.key
             # It may have ended meanwhile, and even another have come by its name.
-            if self._sequences.get(sequence.key) is sequence:
-                dead_end = launched.dead_ends.get(row, "")
-                output = self._advance(sequence, tokens[row], logprobs[row], dead_end)
-                outputs.append((sequence.key, output))
+            if running.get(key) is not sequence:
+                continue
+            if sequence.guide is not None and (
+                failed := self._follow_guide(sequence, token, dead_ends.get(row, ""))
+            ):
+                outputs.append((key, failed))
+                continue
+            own = sequence.tokens
+            own.append(token)
+            finish: FinishReason | None = None
+            # Written out, as is all that every step does for every sequence.
+            if (
+                len(own) == sequence.max_length
+                or token in sequence.end_ids
+                or sequence.guide is not None
+            ) and (finish := _finish_reason(sequence, token)) is not None:
+                self.abort(key)
+            told = logprobs[row]
+            outputs.append((key, Output(key[1], [token], None if told is None else [told], finish)))
         return outputs
 
     def _take_guides(self) -> list[tuple[SequenceKey, Output]]:
@@ -256,45 +273,32 @@ class Engine:
         reason = f"the engine could not compute it: {error!r}; the server's log has more"
         return sequence.key, Output(sequence.key[1], [], None, "failed", reason)
 
-    def _advance(
-        self,
-        sequence: Sequence,
-        token: int,
-        logprobs: list[TokenLogprob] | None,
-        dead_end: str,
-    ) -> Output:
-        """Append a token; where it ends the sequence, free its pages."""
-        if sequence.guide is not None:
-            try:
-                if dead_end:
-                    raise DeadEnd(dead_end)
-                sequence.guide.advance(token)
-            except (DeadEnd, ValueError) as error:
-                self.abort(sequence.key)
-                reason = f"its guide cannot be followed any further: {error}"
-                return Output(sequence.key[1], [], None, "failed", reason)
-        sequence.tokens.append(token)
-        finish = self._finish_reason(sequence, token)
-        if finish is not None:
+    def _follow_guide(self, sequence: Sequence, token: int, dead_end: str) -> Output | None:
+        """Have a sequence's guide take its next token; what it gets where that cannot be."""
+        assert sequence.guide is not None
+        try:
+            if dead_end:
+                raise DeadEnd(dead_end)
+            sequence.guide.advance(token)
+        except (DeadEnd, ValueError) as error:
             self.abort(sequence.key)
-        return Output(
-            request=sequence.key[1],
-            tokens=[token],
-            logprobs=None if logprobs is None else [logprobs],
-            finish=finish,
-        )
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
-        if token in sequence.end_ids:
-            return "stop"
-        if sequence.guide is not None:
-            if token in sequence.guide.eos_ids:
-                return "stop"
-            if sequence.guide.is_complete:
-                return "complete"
-        if len(sequence.tokens) == sequence.max_length:
-            return "length"
+            reason = f"its guide cannot be followed any further: {error}"
+            return Output(sequence.key[1], [], None, "failed", reason)
         return None
+
+
+def _finish_reason(sequence: Sequence, token: int) -> FinishReason | None:
+    """Why a sequence ends with this token, its last; None if it goes on."""
+    if token in sequence.end_ids:
+        return "stop"
+    if sequence.guide is not None:
+        if token in sequence.guide.eos_ids:
+            return "stop"
+        if sequence.guide.is_complete:
+            return "complete"
+    if len(sequence.tokens) == sequence.max_length:
+        return "length"
+    return None
 
 
 def _tokens_named(params: SamplingParams) -> Iterable[int]:

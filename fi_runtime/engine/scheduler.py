@@ -50,6 +50,8 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._chunk_tokens = chunk_tokens
         self._free_slots = list(reversed(range(max_sequences)))
+        self._decoding: dict[int, Chunk] = {}
+        """by slot, the next token alone of each running sequence: the same at every step"""
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """oldest first"""
@@ -86,7 +88,7 @@ class Scheduler:
             if length > held and not self._hold_pages(sequence, length):
                 continue
             if length - sequence.num_cached == 1:
-                chunks.append(Chunk(sequence, 1, True))
+                chunks.append(self._decoding[sequence.slot])
             else:
                 count = _next_tokens(sequence, budget + 1, effort, len(chunks))
                 chunks.append(self._chunk(sequence, count))
@@ -125,6 +127,7 @@ class Scheduler:
         sequence.nodes = nodes
         sequence.num_cached = len(nodes) * self._page_size
         sequence.slot = self._free_slots.pop()
+        self._decoding[sequence.slot] = Chunk(sequence, 1, completes=True)
         if not sequence.num_generated:
             self.num_prompt_tokens += sequence.prompt_length
             self.num_reused_tokens += sequence.num_cached
@@ -172,6 +175,7 @@ class Scheduler:
         self._tree.give_back(sequence.pages[len(sequence.nodes) :])
         self._tree.release(sequence.nodes)
         self._free_slots.append(sequence.slot)
+        del self._decoding[sequence.slot]
         sequence.pages, sequence.nodes, sequence.slot, sequence.num_cached = [], [], -1, 0
 
     def _pages_for(self, tokens: int) -> int:
