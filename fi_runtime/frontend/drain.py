@@ -11,12 +11,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb
-
-from fi_runtime.frontend.refused import why_refused
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class Drain:
     A thread of its own asks: all others may wait for a server that is stuck.
 
     Args:
-        model: its name.
-        decoupled: whether it is.
+        why_refused: asks the server something that it turns down; what it says.
         instances: of the model.
         server_pid: the parent of this process.
         closing: set once there is nothing left to watch.
@@ -51,14 +50,12 @@ class Drain:
 
     def __init__(
         self,
-        model: str,
-        decoupled: bool,
+        why_refused: Callable[[list[Any]], str],
         instances: int,
         server_pid: int,
         closing: threading.Event,
     ) -> None:
-        self._model = model
-        self._decoupled = decoupled
+        self._why_refused = why_refused
         self._server_pid = server_pid
         self._closing = closing
         self._exit_timeout_s = exit_timeout_s(server_pid)
@@ -92,7 +89,7 @@ class Drain:
 
     def _answer(self) -> str:
         question = pb.Tensor("is it ending?", np.zeros(1, dtype=np.int32))
-        return why_refused(self._model, self._decoupled, [question])
+        return self._why_refused([question])
 
     def _kill_server(self) -> None:
         """End a server that outlives its exit timeout, as one with an open gRPC stream does.

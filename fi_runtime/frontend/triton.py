@@ -106,9 +106,7 @@ class TritonPythonModel:
             for group in model_config["instance_group"]
         )
         self._why_refused = partial(why_refused, args["model_name"], self._decoupled)
-        self._drain = Drain(
-            args["model_name"], self._decoupled, instances, self._server_pid, self._closing
-        )
+        self._drain = Drain(self._why_refused, instances, self._server_pid, self._closing)
         self._next_number = 0
         self._in_flight: dict[int, InFlight] = {}
         """by the number of each sample that is not complete"""
