@@ -1,5 +1,5 @@
 """fi_runtime: the runtime behind the Triton doors.
 
 ``frontend`` runs inside Triton's Python backend, ``engine`` in a process of its own that owns the
-device; they share ``messages``, ``config`` and ``run_folder``.
+device; what both need, ``messages`` and ``config`` above all, lies beside them.
 """

@@ -11,7 +11,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device
 from fi_runtime.doctor import examine, print_report, report_json
@@ -21,7 +20,7 @@ from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.prebuild import prebuild as compile_modules
 from fi_runtime.messages import SamplingParams
 from fi_runtime.models import load_model_config
-from fi_runtime.models.tokenizer import tokenizer_file
+from fi_runtime.tokenizer import load_tokenizer, tokenizer_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
 errors = Console(stderr=True)
@@ -51,11 +50,7 @@ def generate(
         config = read_engine_config(model, device or _device_here())
         engine = Engine(config)
         with tempfile.TemporaryDirectory() as scratch:
-            file = tokenizer_file(Path(config.checkpoint), Path(scratch))
-            tokenizer = Tokenizer.from_file(str(file))
-        # A tokenizer.json may ask for either, which is not for prompts.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+            tokenizer = load_tokenizer(tokenizer_file(Path(config.checkpoint), Path(scratch)))
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
     begin = time.perf_counter()
     result = engine.generate([list(tokenizer.encode(prompt).ids)], params)[0]

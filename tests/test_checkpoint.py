@@ -16,7 +16,7 @@ from fi_runtime.__main__ import app
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
-from fi_runtime.models.tokenizer import tokenizer_file
+from fi_runtime.tokenizer import tokenizer_file
 from tests.serving import byte_tokenizer
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from tokenizers import Tokenizer
 
 from fi_runtime.guide_checker import LIMITS
+from fi_runtime.tokenizer import load_tokenizer
 from fi_runtime.upload import upload
 
 Words = npt.NDArray[np.uint32]
@@ -80,9 +80,7 @@ class Guides:
 
     @cached_property
     def _vocabulary(self) -> _Vocabulary:
-        tokenizer = Tokenizer.from_file(str(self._file))
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
+        tokenizer = load_tokenizer(self._file)
         tokenizer.add_special_tokens([END])
         end = tokenizer.token_to_id(END)
         assert end is not None

@@ -44,9 +44,9 @@ from fi_runtime.messages import (
     decode_from_front_end,
     encode,
 )
-from fi_runtime.models.tokenizer import tokenizer_file
 from fi_runtime.run_folder import RunFolder, starting_lock
 from fi_runtime.shared_memory import remove_of_stub
+from fi_runtime.tokenizer import tokenizer_file
 
 log = logging.getLogger(__name__)
 

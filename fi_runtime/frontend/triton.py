@@ -21,7 +21,6 @@ from queue import SimpleQueue
 from typing import Any
 
 import triton_python_backend_utils as pb
-from tokenizers import Tokenizer
 
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
 from fi_runtime.frontend.deadline import Deadline
@@ -39,6 +38,7 @@ from fi_runtime.frontend.responder import Responder
 from fi_runtime.frontend.restarts import PROVEN_S, Restarts
 from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, Step, encode
 from fi_runtime.shared_memory import remove_of_stub
+from fi_runtime.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -209,10 +209,7 @@ class TritonPythonModel:
             self._link.info.max_context,
         )
         self._metrics.engine_up(self._link.started_engine)
-        self._tokenizer = Tokenizer.from_file(self._link.info.tokenizer)
-        # A tokenizer.json may ask for either; both would change prompts behind their back.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._tokenizer = load_tokenizer(Path(self._link.info.tokenizer))
         self._served = Served.of(Path(config.checkpoint), self._tokenizer, self._link.info, config)
 
     def _submit(self, waiting: Waiting) -> None:

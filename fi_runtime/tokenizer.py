@@ -1,4 +1,4 @@
-"""Finds a checkpoint's tokenizer.json, or has transformers write one."""
+"""A checkpoint's tokenizer: its file, which transformers may have to write, and what is in it."""
 
 from pathlib import Path
 
@@ -46,3 +46,14 @@ def tokenizer_file(checkpoint: Path, scratch: Path) -> Path:
             f"{file}: no such file, and transformers finds no tokenizer to convert: {error}"
         ) from error
     return converted
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, which takes texts whole and as they are.
+
+    The file may ask for truncation and padding, which would change prompts behind their back.
+    """
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
