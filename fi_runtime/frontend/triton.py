@@ -4,7 +4,7 @@
 "tokens" takes what the engine says and hands it to the "replies" threads, which make it text and
 send the responses, each those of its own requests; "cancellation" asks Triton five times a second
 which clients have gone; "drain" asks it whether it goes on. When the engine dies, "tokens" gets
-another one.
+another one (``supervisor``).
 """
 
 import itertools
@@ -25,7 +25,7 @@ import triton_python_backend_utils as pb
 from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
 from fi_runtime.frontend.deadline import Deadline
 from fi_runtime.frontend.drain import Drain
-from fi_runtime.frontend.engine_link import POLL_S, EngineLink
+from fi_runtime.frontend.engine_link import EngineLink
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.metrics import Metrics, RequestTimes
 from fi_runtime.frontend.one_core import OneCore
@@ -35,8 +35,8 @@ from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.request_log import RequestRecord
 from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.frontend.responder import Responder
-from fi_runtime.frontend.restarts import PROVEN_S, Restarts
-from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, Step, encode
+from fi_runtime.frontend.supervisor import Supervisor
+from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, encode
 from fi_runtime.shared_memory import remove_of_stub
 from fi_runtime.tokenizer import load_tokenizer
 
@@ -46,8 +46,6 @@ CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
 DRAIN_END_S = 1.0
 """for an answer of the server's, which takes a tenth of a millisecond"""
-ANSWERED = ("stop", "complete", "length")
-"""how sequences finish that an engine has computed to their end"""
 SENDERS = 3
 """threads that send: one mostly waits for the server to take a response, without Python's lock"""
 
@@ -115,8 +113,6 @@ class TritonPythonModel:
         self._next_outbox = itertools.cycle(self._outboxes)
         self._waiting: deque[Waiting] = deque()
         """what Triton handed over last; the thread that calls ``execute`` alone knows of it"""
-        self._gave_up = ""
-        """why nobody starts the engine again, while that is so"""
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
         senders = [
@@ -167,7 +163,7 @@ class TritonPythonModel:
         # RACE: what it asked last may never be answered by a server that unloads its model.
         self._drain_thread.join(DRAIN_END_S)
         self._metrics.close()
-        self._link.close()
+        self._supervisor.link.close()
 
     def _set_up(self, args: dict[str, str]) -> None:
         folder, name = Path(args["model_repository"]), args["model_name"]
@@ -190,7 +186,7 @@ class TritonPythonModel:
             config = read_engine_config(folder.parent / door.engine, device)
         else:
             config = engine_config(own, folder, device)
-        self._connect = partial(
+        connect = partial(
             EngineLink,
             config,
             door.engine or name,
@@ -199,18 +195,18 @@ class TritonPythonModel:
             door.engine_start_timeout_s,
             self._closing,
         )
-        self._step_timeout_s = config.step_timeout_s
-        self._restarts = Restarts(config.engine_restarts)
-        self._link = self._connect()
+        link = connect()
         version = {"version": args["model_version"]}
         self._metrics = Metrics(
             {"model": name, **version},
             {"model": door.engine or name, **version, **({} if gpu is None else {"gpu": str(gpu)})},
-            self._link.info.max_context,
+            link.info.max_context,
         )
-        self._metrics.engine_up(self._link.started_engine)
-        self._tokenizer = load_tokenizer(Path(self._link.info.tokenizer))
-        self._served = Served.of(Path(config.checkpoint), self._tokenizer, self._link.info, config)
+        self._supervisor = Supervisor(
+            link, connect, config, self._metrics, self._hand_out, self._closing
+        )
+        self._tokenizer = load_tokenizer(Path(link.info.tokenizer))
+        self._served = Served.of(Path(config.checkpoint), self._tokenizer, link.info, config)
 
     def _submit(self, waiting: Waiting) -> None:
         request, responder, deadline = waiting.request, waiting.responder, waiting.deadline
@@ -261,9 +257,10 @@ class TritonPythonModel:
 
     def _await_engine(self) -> EngineLink:
         """Block until there is an engine."""
-        while (link := self._link).lost:
-            if self._gave_up:
-                raise RequestError("UNAVAILABLE", self._gave_up)
+        while (link := self._supervisor.link).lost:
+            # Asked once: another thread may meanwhile have found an engine.
+            if reason := self._supervisor.gave_up:
+                raise RequestError("UNAVAILABLE", reason)
             self._end_those_in_vain()
             time.sleep(CANCELLATION_CHECK_S)
         return link
@@ -301,97 +298,10 @@ class TritonPythonModel:
         )
 
     def _receive(self) -> None:
-        """Hand on what one engine after another says, until the model is closed."""
-        while not self._closing.is_set():
-            proven = self._listen(self._link)
-            if not self._closing.is_set():
-                self._find_engine(proven)
+        """Take what engines say until the model is closed, and then let the senders go."""
+        self._supervisor.run()
         for outbox in self._outboxes:
             outbox.put([])
-
-    def _listen(self, link: EngineLink) -> bool:
-        """Hand on what an engine says until it is lost; whether it has proved that it works."""
-        proven = False
-        # Counted, since a clock would also run while this process was held.
-        silent_polls = 0
-        while not self._closing.is_set():
-            try:
-                messages = link.receive()
-            except Exception as error:
-                log.exception("the engine cannot be understood, and is killed")
-                link.kill_engine(f"it could not be understood ({error}) and was killed")
-                messages = []
-            silent_polls = 0 if messages else silent_polls + 1
-            if silent_polls * POLL_S > self._step_timeout_s:
-                log.error(
-                    "the engine has been silent for %g s, and is killed", self._step_timeout_s
-                )
-                link.kill_engine(
-                    f"it made no progress for {self._step_timeout_s:g} s and was killed; the "
-                    "server's log has what its threads did"
-                )
-            if not messages and not link.engine_lives():
-                link.lose(link.last_words())
-                log.error("the engine died: %s", link.lost)
-                self._metrics.engine_died()
-                break
-            for step in messages:
-                if isinstance(step, Step):
-                    if step.credits:
-                        link.grant(step.credits)
-                    if step.stats is not None:
-                        self._metrics.engine(step.stats)
-                    self._hand_out(step.outputs)
-                    proven = proven or any(one.finish in ANSWERED for one in step.outputs)
-        return proven or time.monotonic() - link.since > PROVEN_S
-
-    def _find_engine(self, proven: bool) -> None:
-        """Start the engine again, or attach to the one that another front end has started."""
-        died, reason = self._link, self._link.lost
-        link = None
-        while link is None:
-            pause = self._restarts.died(proven)
-            if pause is None and not self._gave_up:
-                self._gave_up = (
-                    f"the engine died ({self._restarts.deaths} in a row) and is not started again: "
-                    f"{reason}. Mend that, then load this model again"
-                )
-                log.error(self._gave_up)
-            if not self._await_start(died, pause):
-                return
-            try:
-                link = self._attach()
-            except Exception as error:  # a full disk, no process to be had: it may pass
-                if str(error) != reason and not self._closing.is_set():
-                    log.error("the engine could not be started again: %s", error)
-                reason, proven = str(error), False
-        self._link, self._gave_up = link, ""
-        self._metrics.engine_up(link.started_engine)
-        log.info("attached to engine process %d", link.info.pid)
-
-    def _attach(self) -> EngineLink:
-        """Attach to the engine, starting it if need be; it serves the model that it always did."""
-        link, before = self._connect(), self._link.info
-        if (link.info.vocab_size, link.info.max_context) != (before.vocab_size, before.max_context):
-            link.close()
-            raise ConfigError(
-                f"the checkpoint has changed: vocabulary and context had {before.vocab_size} and "
-                f"{before.max_context} tokens, now {link.info.vocab_size} and "
-                f"{link.info.max_context}; load every model of that engine again"
-            )
-        return link
-
-    def _await_start(self, died: EngineLink, pause: float | None) -> bool:
-        """Wait until the engine is to be started; false if the model is closed first.
-
-        RACE: one that another front end started may end before this one attaches, which then starts
-        it once more, even if it had given up. That is harmless.
-        """
-        start = time.monotonic() + (float("inf") if pause is None else pause)
-        while not self._closing.wait(CANCELLATION_CHECK_S):
-            if time.monotonic() >= start or died.successor_lives():
-                return True
-        return False
 
     def _hand_out(self, outputs: list[Output]) -> None:
         """Give each output to the sender of its request."""
