@@ -24,6 +24,7 @@ from transformers.utils import logging
 from bench.families import FAMILIES, GPU_SHAPE, GPU_SHAPES, prompt_of, write
 from bench.results import write_results
 from fi_runtime.config import Device, EngineConfig
+from fi_runtime.dtypes import dtype_name
 from fi_runtime.engine.build import compute_dtype
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
@@ -133,7 +134,7 @@ def measure(name: str, device: Device, kernels: Path | None) -> dict[str, Any]:
     return {
         "family": name,
         "device": device,
-        "dtype": str(compute_dtype(config)).removeprefix("torch."),
+        "dtype": dtype_name(compute_dtype(config)),
         "greedy_equal": round(found.greedy_equal, 3),
         "mean_abs_logprob_error": float(f"{found.error:.3g}"),
         "reference_bf16_error": float(f"{found.reference_error:.3g}"),

@@ -29,6 +29,7 @@ from fi_runtime.attention.timing import (
 )
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import Backend, ConfigError, EngineConfig
+from fi_runtime.dtypes import dtype_name
 from fi_runtime.engine.build import (
     available_memory,
     cache_dtype,
@@ -264,9 +265,8 @@ def _describe(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> s
     return (
         f"{model.architecture}, {model.layers} layers, {model.heads} query and {model.kv_heads} "
         f"key/value heads of {model.head_dim}, hidden size {model.hidden_size}, "
-        f"{str(dtype).removeprefix('torch.')}{', stored in fp8' if model.fp8 else ''}, "
-        f"pages of {config.page_size} tokens in "
-        f"{str(cache_dtype(config)).removeprefix('torch.')}"
+        f"{dtype_name(dtype)}{', stored in fp8' if model.fp8 else ''}, "
+        f"pages of {config.page_size} tokens in {dtype_name(cache_dtype(config))}"
     )
 
 
@@ -363,7 +363,7 @@ def _has_program(name: str) -> bool:
 
 def _attention(model: ModelConfig, dtype: torch.dtype) -> Check:
     """Whether FlashInfer has kernels for this GPU and these heads."""
-    value = f"heads of {model.head_dim} in {str(dtype).removeprefix('torch.')}"
+    value = f"heads of {model.head_dim} in {dtype_name(dtype)}"
     try:
         check_gpu_has_kernels(model, dtype)
     except ConfigError as error:

@@ -11,6 +11,7 @@ from fi_runtime.attention.flashinfer import FlashInferAttention, Limits, check_h
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import ConfigError, EngineConfig
+from fi_runtime.dtypes import DTYPES, dtype_name
 from fi_runtime.engine.gpu_memory import room_for_cache
 from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Runner
@@ -21,7 +22,6 @@ from fi_runtime.kernels.library import check_gpu, prebuilt_manifest, use_prebuil
 from fi_runtime.kernels.prebuild import Compiled
 from fi_runtime.models import ARCHITECTURES, Decoder, ModelConfig, load_model_config
 from fi_runtime.models.adapters import Adapters
-from fi_runtime.models.config import DTYPES
 from fi_runtime.models.weights import CheckpointWeights, CountedWeights, DummyWeights, Weights
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def build(config: EngineConfig, phases: Phases) -> Built:
         "%s from %s in %s on %s, %d sequences of up to %d tokens, cache of %d tokens",
         model_config.architecture,
         config.checkpoint,
-        str(dtype).removeprefix("torch."),
+        dtype_name(dtype),
         torch.cuda.get_device_name() if device.type == "cuda" else "the CPU",
         config.max_sequences,
         built.max_context,
@@ -169,7 +169,7 @@ def _load(
     if needed > available:
         raise ConfigError(
             f"{config.checkpoint}: its weights take {needed / 1e9:.1f} GB in "
-            f"{str(dtype).removeprefix('torch.')}; {available / 1e9:.1f} GB of memory are free"
+            f"{dtype_name(dtype)}; {available / 1e9:.1f} GB of memory are free"
         )
     folder = Path(config.checkpoint)
     weights: Weights
@@ -183,7 +183,7 @@ def _load(
             "weights in fp8 %s",
             "stay so where there are products for them"
             if has_products(device, dtype)
-            else f"become {str(dtype).removeprefix('torch.')}, which products here are in",
+            else f"become {dtype_name(dtype)}, which products here are in",
         )
     positions = config.max_context or model_config.max_position
     family = ARCHITECTURES[model_config.architecture]

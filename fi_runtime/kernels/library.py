@@ -14,6 +14,7 @@ import torch
 from packaging.version import InvalidVersion, Version
 
 from fi_runtime.config import ConfigError
+from fi_runtime.dtypes import dtype_name
 
 MIN_VERSION = Version("0.6.4")
 MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}
@@ -74,14 +75,14 @@ def check_gpu(dtype: torch.dtype) -> None:
     """
     if dtype not in MIN_CAPABILITY:
         raise ConfigError(
-            f"dtype={_name(dtype)}: FlashInfer's kernels are for "
-            f"{' and '.join(map(_name, MIN_CAPABILITY))}; use one of them, or KIND_CPU"
+            f"dtype={dtype_name(dtype)}: FlashInfer's kernels are for "
+            f"{' and '.join(map(dtype_name, MIN_CAPABILITY))}; use one of them, or KIND_CPU"
         )
     found, least = torch.cuda.get_device_capability(), MIN_CAPABILITY[dtype]
     if found < least:
         raise ConfigError(
             f"{torch.cuda.get_device_name()} has compute capability {_dotted(found)}; "
-            f"FlashInfer's kernels in {_name(dtype)} need {_dotted(least)} or later"
+            f"FlashInfer's kernels in {dtype_name(dtype)} need {_dotted(least)} or later"
         )
 
 
@@ -125,7 +126,3 @@ def use_prebuilt(folder: Path) -> None:
 
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from fi_runtime.config import ConfigError
+from fi_runtime.dtypes import dtype_name
 from fi_runtime.kernels.activation import GatedActivation
 
 CAPABILITIES = (9, 10)
@@ -29,8 +30,8 @@ def check_sizes(dtype: torch.dtype, hidden: int, size: int) -> None:
     """
     if dtype != torch.bfloat16:
         raise ConfigError(
-            f"dtype={str(dtype).removeprefix('torch.')}: experts are multiplied in bfloat16 on a "
-            "GPU; use it, or KIND_CPU"
+            f"dtype={dtype_name(dtype)}: experts are multiplied in bfloat16 on a GPU; use it, or "
+            "KIND_CPU"
         )
     if hidden % MULTIPLE or size % MULTIPLE:
         raise ConfigError(

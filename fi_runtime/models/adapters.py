@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError
 
 from fi_runtime.config import ConfigError
-from fi_runtime.models.config import DTYPES, read_json
+from fi_runtime.dtypes import DTYPES, dtype_name
+from fi_runtime.models.config import read_json
 from fi_runtime.models.weights import open_safetensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -207,8 +208,9 @@ class _Adapter:
         scaled = (tensor.float() * scale).to(dtype)
         # Rows without this adapter multiply its B by 0, which would leave what is no number.
         if not scaled.isfinite().all():
-            kind = str(dtype).removeprefix("torch.")
-            raise ConfigError(f"{path}: tensor {name} has values that are not finite in {kind}")
+            raise ConfigError(
+                f"{path}: tensor {name} has values that are not finite in {dtype_name(dtype)}"
+            )
         return scaled
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from fi_runtime.attention.base import AttentionKind
@@ -17,8 +16,6 @@ from fi_runtime.models.fp8 import Fp8
 from fi_runtime.models.rope import Rope, head_dim, read_rope
 
 log = logging.getLogger(__name__)
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fi_runtime.config import ConfigError
+from fi_runtime.dtypes import DTYPES
 from fi_runtime.kernels.fp8 import BLOCK, FP8, dequantised, fits, has_products
-from fi_runtime.models.config import DTYPES, read_json
+from fi_runtime.models.config import read_json
 from fi_runtime.models.fp8 import Fp8
 
 log = logging.getLogger(__name__)
