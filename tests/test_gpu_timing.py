@@ -34,7 +34,6 @@ def test_no_decode_reads_faster_than_memory(name: str) -> None:
     time = time_decode(flashinfer(), shape, "fa2")
     assert time.resolved_backend == "fa2"
     assert time.us > 0
-    assert time.plan_us > 0
     assert time.gb_per_s == pytest.approx(shape.nbytes / time.us / 1e3)
     assert time.gb_per_s < 1.2 * memory_bandwidth(torch.device("cuda"))
 

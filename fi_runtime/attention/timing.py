@@ -5,7 +5,6 @@ wrapper whose automatic choice of kernel was once several times slower than FA2 
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,6 @@ HOPPER = 9
 ROUNDS = 5
 REPLAYS = 50
 """in a round; the result is the median of the rounds' means"""
-PLANS = 21
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,6 @@ class DecodeTime:
     """of one decode on the GPU"""
     gb_per_s: float
     """at which that reads the keys and values, in 1e9 bytes a second"""
-    plan_us: float
-    """of one plan() on the host, with the page table on the GPU already"""
 
 
 def time_decode(library: Any, shape: DecodeShape, backend: Backend) -> DecodeTime:
@@ -91,12 +87,11 @@ def time_decode(library: Any, shape: DecodeShape, backend: Backend) -> DecodeTim
         torch.cuda.synchronize()
     except Exception as error:  # whatever a missing module, compiler or kernel makes it raise
         raise ConfigError(f"{backend} cannot run: {one_line(error)}") from error
-    plan_us = _median_plan_us(decodes.plan)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         decodes.run()
     us = _median_us(graph.replay) / len(decodes.caches)
-    return DecodeTime(decodes.resolved_backend, us, shape.nbytes / us / 1e3, plan_us)
+    return DecodeTime(decodes.resolved_backend, us, shape.nbytes / us / 1e3)
 
 
 def memory_needed(shape: DecodeShape) -> int:
@@ -181,17 +176,6 @@ class _Decodes:
     def run(self) -> None:
         for cache in self.caches:
             self._wrapper.run(self._q, (cache[0], cache[1]), out=self._out)
-
-
-def _median_plan_us(plan: Callable[[], None]) -> float:
-    times = []
-    for _ in range(PLANS):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        plan()
-        times.append(time.perf_counter() - begin)
-    torch.cuda.synchronize()
-    return statistics.median(times) * 1e6
 
 
 def _median_us(call: Callable[[], object]) -> float:
