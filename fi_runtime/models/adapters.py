@@ -145,13 +145,14 @@ class _Adapter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        for name in (CONFIG, TENSORS):
+            if not (folder / name).is_file():
+                raise ConfigError(
+                    f"{folder / name}: no such file; an adapter is a folder with {CONFIG} and "
+                    f"{TENSORS}, as PEFT's save_pretrained writes them"
+                )
         self.rank, self._scale = _read_config(folder / CONFIG)
         path = folder / TENSORS
-        if not path.is_file():
-            raise ConfigError(
-                f"{path}: no such file; an adapter is a folder with {CONFIG} and {TENSORS}, as "
-                "PEFT's save_pretrained writes them"
-            )
         self._file: Any = open_safetensors(path)
         self.modules: dict[str, dict[str, str]] = {}
         """names of the A and the B of each projection"""
@@ -216,11 +217,6 @@ class _Adapter:
 
 def _read_config(path: Path) -> tuple[int, float]:
     """Rank and scale of an adapter, whose configuration asks for nothing else."""
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: no such file; an adapter is a folder with {CONFIG} and {TENSORS}, as PEFT's "
-            "save_pretrained writes them"
-        )
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type is {config.get('peft_type')!r}; supported is 'LORA'")
