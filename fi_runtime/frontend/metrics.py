@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import triton_python_backend_utils as pb
@@ -76,17 +77,14 @@ class Metrics:
         self._closing = threading.Event()
         self._families: list[Any] = []  # a metric needs its family for as long as it lives
         counter, gauge = pb.MetricFamily.COUNTER, pb.MetricFamily.GAUGE
+        of_door = partial(self._metric, labels=labels)
+        of_engine = partial(self._metric, labels=engine_labels)
 
         def histogram(name: str, description: str, buckets: Iterable[float]) -> Any:
-            kind = pb.MetricFamily.HISTOGRAM
-            return self._metric(name, description, kind, labels=labels, buckets=list(buckets))
+            return of_door(name, description, pb.MetricFamily.HISTOGRAM, buckets=list(buckets))
 
-        self._prompt_tokens = self._metric(
-            "prompt_tokens_total", "Prompt tokens computed", counter, labels=labels
-        )
-        self._tokens = self._metric(
-            "generation_tokens_total", "Tokens generated", counter, labels=labels
-        )
+        self._prompt_tokens = of_door("prompt_tokens_total", "Prompt tokens computed", counter)
+        self._tokens = of_door("generation_tokens_total", "Tokens generated", counter)
         self._first = histogram(
             "time_to_first_token_seconds", "From arrival to the first token", TIME_TO_FIRST_TOKEN
         )
@@ -100,39 +98,18 @@ class Metrics:
         self._prompts = histogram("request_prompt_tokens", "Tokens of each prompt", counts)
         self._outputs = histogram("request_generation_tokens", "Tokens of each answer", counts)
         self._n = histogram("request_params_n", "Answers asked for", ANSWERS)
-        self._running = self._metric(
-            "num_requests_running", "Sequences that run", gauge, labels=engine_labels
+        self._running = of_engine("num_requests_running", "Sequences that run", gauge)
+        self._waiting = of_engine(
+            "num_requests_waiting", "Sequences that wait in the engine", gauge
         )
-        self._waiting = self._metric(
-            "num_requests_waiting", "Sequences that wait in the engine", gauge, labels=engine_labels
+        self._usage = of_engine("kv_cache_usage_perc", "Share of the cache in use, 0 to 1", gauge)
+        self._preemptions = of_engine("num_preemptions_total", "Sequences set back", counter)
+        self._queries = of_engine(
+            "prefix_cache_queries_total", "Prompt tokens looked up in the cache", counter
         )
-        self._usage = self._metric(
-            "kv_cache_usage_perc", "Share of the cache in use, 0 to 1", gauge, labels=engine_labels
-        )
-        self._preemptions = self._metric(
-            "num_preemptions_total",
-            "Sequences set back",
-            counter,
-            labels=engine_labels,
-        )
-        self._queries = self._metric(
-            "prefix_cache_queries_total",
-            "Prompt tokens looked up in the cache",
-            counter,
-            labels=engine_labels,
-        )
-        self._hits = self._metric(
-            "prefix_cache_hits_total",
-            "Prompt tokens found there",
-            counter,
-            labels=engine_labels,
-        )
-        self._up = self._metric(
-            "engine_up", "1 while the engine lives, else 0", gauge, OWN, labels=engine_labels
-        )
-        self._starts = self._metric(
-            "engine_starts_total", "Engines that began to serve", counter, OWN, labels=engine_labels
-        )
+        self._hits = of_engine("prefix_cache_hits_total", "Prompt tokens found there", counter)
+        self._up = of_engine("engine_up", "1 while the engine lives, else 0", gauge, OWN)
+        self._starts = of_engine("engine_starts_total", "Engines that began to serve", counter, OWN)
         self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
         self._thread.start()
 
