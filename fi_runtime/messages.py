@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-MAX_INT32 = (1 << 31) - 1
+from fi_runtime.config import MAX_INT32
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
 RequestId = Annotated[int, Meta(ge=0)]

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from fi_runtime.config import MAX_N, ConfigError
+from fi_runtime.config import MAX_INT32, MAX_N, ConfigError
 from fi_runtime.frontend.errors import RequestError, short
-from fi_runtime.messages import MAX_INT32, MAX_LOGPROBS, TokenId
+from fi_runtime.messages import MAX_LOGPROBS, TokenId
 
 MAX_SEED = (1 << 64) - 1
 MAX_LIST = 1024

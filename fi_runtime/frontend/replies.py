@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from fi_runtime.config import MAX_INT32
 from fi_runtime.frontend.errors import RequestError
 from fi_runtime.frontend.requests import Request
 from fi_runtime.frontend.text import StopStrings, TextStream
-from fi_runtime.messages import MAX_INT32, Output, TokenLogprob
+from fi_runtime.messages import Output, TokenLogprob
 
 Tensors = dict[str, npt.NDArray[Any]]
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fi_runtime.frontend.metrics import RequestTimes
 
@@ -16,7 +16,7 @@ class RequestRecord:
 
     request_id: str
     """the client's; as JSON it can neither end the line nor look like another"""
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float
     """in the front end, of ``time.monotonic``, in seconds"""
     times: RequestTimes | None = None
     """once it is known to be a request that an engine can compute"""

@@ -22,7 +22,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb
 
-from fi_runtime.config import ConfigError, Device, engine_config, split_parameters
+from fi_runtime.config import MAX_INT32, ConfigError, Device, engine_config, split_parameters
 from fi_runtime.frontend.deadline import Deadline
 from fi_runtime.frontend.drain import Drain
 from fi_runtime.frontend.engine_link import EngineLink
@@ -36,7 +36,7 @@ from fi_runtime.frontend.request_log import RequestRecord
 from fi_runtime.frontend.requests import Served, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.frontend.supervisor import Supervisor
-from fi_runtime.messages import MAX_INT32, Abort, Generate, Output, encode
+from fi_runtime.messages import Abort, Generate, Output, encode
 from fi_runtime.shared_memory import remove_of_stub
 from fi_runtime.tokenizer import load_tokenizer
 
@@ -148,10 +148,10 @@ class TritonPythonModel:
             self._waiting.popleft()
 
     def _waiting_of(self, request: Any) -> Waiting:
-        record = RequestRecord(request.request_id()) if self._log_requests else None
+        arrived = time.monotonic()
+        record = RequestRecord(request.request_id(), arrived) if self._log_requests else None
         sender = request.get_response_sender()
         responder = Responder(sender, self._batched, self._why_refused, record)
-        arrived = time.monotonic()
         deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
         return Waiting(request, responder, arrived, deadline)
 
