@@ -219,7 +219,7 @@ def main(
     page_size: Annotated[list[int], typer.Option(min=1, help="May be given again.")] = [16],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="File of results to write.")] = None,
 ) -> None:
-    """Time the shapes of the seed's table and print it; without a command."""
+    """Time every shape and print a table; without a command."""
     if context.invoked_subcommand is not None:
         return
     if not torch.cuda.is_available():

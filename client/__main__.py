@@ -4,15 +4,7 @@
     python -m client chat
     python -m client health
 
-Text goes to stdout; timing and errors go to stderr. Exit codes:
-
-      0  answered
-      1  the server refused the request; its message, with its code where it sent one, is on stderr
-      2  usage
-      3  the server cannot be reached, was lost, or its model is not ready
-      4  no complete answer within --timeout
-    130  interrupted (Ctrl-C), and the request cancelled on the server (by HTTP only with --stream)
-    141  whoever read stdout left, and the request was cancelled
+Text goes to stdout; timing and errors go to stderr. ``EXIT_CODES`` is the contract with scripts.
 """
 
 import contextlib

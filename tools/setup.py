@@ -265,9 +265,8 @@ def write_lock() -> None:
     for package in dry_run(*wanted):
         name = canonical(package["metadata"]["name"])
         if not NOT_LOCKED.fullmatch(name):
-            names[name] = package["metadata"]["version"].partition("+")[
-                0
-            ]  # +cpu: a build, not a version
+            # +cpu: a build, not a version
+            names[name] = package["metadata"]["version"].partition("+")[0]
     pins = [f"{n}=={v}" for n, v in sorted(names.items())]
     hashes = wheel_hashes(pins)
     head = [line for line in LOCK.read_text().splitlines() if line.startswith("#")]

@@ -49,8 +49,8 @@ class Engine:
 
     Args:
         config: all that it is to be.
-        tokenizer: the checkpoint's tokenizer.json, for guided sequences; None refuses them.
         phases: told of each phase of the start.
+        tokenizer: the checkpoint's tokenizer.json, for guided sequences; None refuses them.
 
     Raises:
         ConfigError: the checkpoint, a knob or the machine cannot be served; says why.
@@ -157,7 +157,7 @@ class Engine:
         )
         new = [now - told for now, told in zip(counted, self._told, strict=True)]
         self._told = counted
-        running = len(self.scheduler.running)
+        running = len(scheduler.running)
         return Stats(
             running=running,
             waiting=len(self._sequences) - running,
