@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import Out
 from bench.results import write_results
 from fi_runtime.config import CacheDTypeName
 from tools.demo.tasks import MAX_ANSWER_TOKENS, Example, Task, evaluation_set, is_correct
@@ -76,7 +77,7 @@ def main(
     ] = "auto",
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
     wrong: Annotated[int, typer.Option(help="Wrong answers to show of each task.")] = 2,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    out: Out = None,
 ) -> None:
     """Ask, compare, and print a table."""
     console = Console()

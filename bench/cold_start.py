@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import PEERS, write_shape
 from tools.repository import SHIPPED, STREAMED, write_repository
@@ -76,8 +77,8 @@ def main(
     models: Annotated[
         list[str] | None, typer.Argument(help=f"Some of {', '.join(MODELS)}.")
     ] = None,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Start a server of each model and print what it took."""
     console = Console()

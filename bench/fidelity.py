@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from bench.families import FAMILIES, GPU_SHAPE, GPU_SHAPES, prompt_of, write
+from bench.options import Kernels, Out
 from bench.results import write_results
 from fi_runtime.config import Device, EngineConfig
 from fi_runtime.dtypes import dtype_name
@@ -145,8 +146,8 @@ def main(
     families: Annotated[
         list[str] | None, typer.Argument(help=f"Of: {'; '.join(FAMILIES)}.")
     ] = None,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Compare each family and print a table."""
     logging.disable_progress_bar()

@@ -27,6 +27,7 @@ import typer
 from rich.console import Console
 
 from bench import cold_start
+from bench.options import Kernels
 from bench.results import write_results
 from bench.shapes import PEERS
 from tools import perf
@@ -160,7 +161,7 @@ def _exit_code(module: str, *arguments: str) -> int:
 
 def main(
     parts: Annotated[list[str] | None, typer.Argument(help="What to run.")] = None,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
+    kernels: Kernels = None,
     old: Annotated[Path | None, typer.Option(help="Folder with an older FlashInfer.")] = None,
     old_kernels: Annotated[Path | None, typer.Option(help="Its compiled modules.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench/results/h100"),

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from bench.limits import Limits
 from bench.offline import engine_of, release
+from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import PEERS
 from fi_runtime.config import CacheDTypeName
@@ -102,8 +103,8 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
     cache_dtype: Annotated[CacheDTypeName, typer.Option(help="The engine's knob.")] = "auto",
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Measure each model and print a table."""
     rows: list[dict[str, Any]] = []

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from bench.latency import point
 from bench.offline import engine_of, release
+from bench.options import Kernels, Out
 from bench.results import write_results
 from fi_runtime.models import ModelConfig
 
@@ -95,8 +96,8 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = 64,
     adapters: Annotated[int, typer.Option(min=1, help="That the engine has.")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="Of each.")] = 16,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Measure each model and print a table."""
     rows: list[dict[str, Any]] = []

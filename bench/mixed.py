@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.offline import VOCABULARY, engine_of, release
+from bench.options import Kernels, Out
 from bench.results import write_results
 from fi_runtime.engine.core import Engine
 from fi_runtime.messages import SamplingParams
@@ -100,8 +101,8 @@ def measure(model: str, kernels: Path | None) -> dict[str, Any]:
 
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {MODELS}.")] = None,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Measure each model and print a table."""
     rows = []

@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from unittest import mock
 
 import torch
@@ -19,6 +19,7 @@ import typer
 
 from bench.latency import point, print_rows, seconds_of
 from bench.offline import engine_of, release
+from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import MIXTURE
 from fi_runtime.kernels.moe import route
@@ -81,8 +82,8 @@ def measure(kernels: Path | None, means: list[float]) -> list[dict[str, Any]]:
 
 
 def main(
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Count experts, measure, and print a table."""
     means = touched(kernels)

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from bench.cold_start import model_repository
 from bench.limits import Limits, limits_of
+from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import DENSE, SHAPES
 from fi_runtime.attention.timing import memory_bandwidth
@@ -131,8 +132,8 @@ def measure(model: str, kernels: Path | None, cache_dtype: CacheDTypeName) -> di
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Of {', '.join(SHAPES)}.")] = None,
     cache_dtype: Annotated[CacheDTypeName, typer.Option(help="The engine's knob.")] = "auto",
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Measure each model and print a table."""
     rows = []

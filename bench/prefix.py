@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.offline import VOCABULARY, engine_of, release
+from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import PEERS
 from fi_runtime.engine.core import Engine
@@ -80,8 +81,8 @@ def measure(model: str, kernels: Path | None) -> dict[str, Any]:
 
 def main(
     models: Annotated[list[str] | None, typer.Argument(help=f"Default: {PEERS}.")] = None,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Measure each model and print a table."""
     rows = []

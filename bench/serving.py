@@ -40,6 +40,7 @@ from rich.table import Table
 from tritonclient.grpc.service_pb2 import ModelInferRequest, ModelStreamInferResponse
 
 from bench.cold_start import MODELS, model_repository
+from bench.options import Kernels, Out
 from bench.results import write_results
 from fi_runtime.config import Device, EngineConfig
 from fi_runtime.engine.core import Engine
@@ -301,8 +302,8 @@ def main(
     tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 64,
     rounds: Annotated[int, typer.Option(help="Answers one after another in each stream.")] = 8,
     front_ends: Annotated[int, typer.Option(help="Processes that answer clients.")] = 2,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Measure the engine offline and served, and print both."""
     concurrency = concurrency or [16]

@@ -45,6 +45,7 @@ from rich.console import Console
 from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
+from bench.options import Out
 from bench.results import write_results
 from tools.demo.tasks import evaluation_set
 from tools.repository import SHIPPED, STREAMED, UNARY, copy_door, write_repository
@@ -659,7 +660,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Of traffic, without what comes before.")] = 30.0,
     clients: Annotated[int, typer.Option(help="That ask at the same time.")] = 12,
     fault_every: Annotated[float, typer.Option(help="Seconds between two faults.")] = 45.0,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    out: Out = None,
 ) -> None:
     """Soak a server, and print a table."""
     console = Console()

@@ -30,6 +30,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from bench.offline import VOCABULARY, engine_of, release
+from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import PEERS
 from fi_runtime.engine.core import Engine
@@ -200,8 +201,8 @@ def main(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.6,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
     top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0,
-    kernels: Annotated[Path | None, typer.Option(help="Folder that prebuild filled.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    kernels: Kernels = None,
+    out: Out = None,
 ) -> None:
     """Record each model and print where its time goes."""
     console = Console(width=120)

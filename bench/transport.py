@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.options import Out
 from bench.results import write_results
 from bench.shapes import made_up_tokenizer
 from tools import perf
@@ -74,7 +75,7 @@ def _drive(server: TritonServer, folder: Path) -> dict[str, float]:
 
 def main(
     front_ends: Annotated[list[int] | None, typer.Argument(help="Numbers to measure.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File for the results.")] = None,
+    out: Out = None,
 ) -> None:
     """Measure each number of front ends in both ways and print a table."""
     numbers = front_ends or [n for n in (1, 2, 4, 8) if n <= len(os.sched_getaffinity(0))]
