@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import tritonclient.grpc as triton
 import typer
 from rich.console import Console
@@ -21,6 +20,8 @@ from rich.table import Table
 
 from bench.options import Out
 from bench.results import write_results
+from client.request import Request
+from client.tensors import to_piece, to_tensors
 from fi_runtime.config import CacheDTypeName
 from tools.demo.tasks import MAX_ANSWER_TOKENS, Example, Task, evaluation_set, is_correct
 from tools.repository import SHIPPED, STREAMED, write_repository
@@ -54,19 +55,9 @@ def running_server(url: str, cache_dtype: CacheDTypeName) -> Iterator[str]:
 
 def answer(client: triton.InferenceServerClient, prompt: str) -> str:
     """The server's greedy answer, without the prompt."""
-    inputs = []
-    for name, datatype, value in (
-        ("text_input", "BYTES", np.array([[prompt.encode()]], dtype=np.object_)),
-        ("max_tokens", "INT32", np.array([[MAX_ANSWER_TOKENS]], dtype=np.int32)),
-        ("temperature", "FP32", np.array([[0.0]], dtype=np.float32)),
-        ("exclude_input_in_output", "BOOL", np.array([[True]])),
-    ):
-        tensor = triton.InferInput(name, list(value.shape), datatype)
-        tensor.set_data_from_numpy(value)
-        inputs.append(tensor)
-    result = client.infer("llm_unary", inputs)
-    text: bytes = result.as_numpy("text_output")[0, 0]
-    return text.decode()
+    request = Request(prompt, max_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
+    inputs = to_tensors(request.inputs(), triton.InferInput)
+    return to_piece(client.infer(request.door, inputs)).text
 
 
 def main(

@@ -37,7 +37,6 @@ from pathlib import Path
 from random import Random
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tritonclient.grpc as triton
 import typer
@@ -47,6 +46,7 @@ from tritonclient.utils import InferenceServerException
 
 from bench.options import Out
 from bench.results import write_results
+from client.tensors import to_tensors
 from tools.demo.tasks import evaluation_set
 from tools.repository import SHIPPED, STREAMED, UNARY, copy_door, write_repository
 from tools.serve import TritonServer
@@ -199,7 +199,7 @@ class Client:
         self._grpc.close()
 
     def infer_grpc(self, case: Case, door: str) -> Answer:
-        inputs = _tensors(case.inputs(stream=False))
+        inputs = to_tensors(case.inputs(stream=False), triton.InferInput)
         with _refusals():
             timeout_s = GIVE_UP_S if door == MORTAL else TIMEOUT_S
             result = self._grpc.infer(door, inputs, client_timeout=timeout_s)
@@ -215,9 +215,8 @@ class Client:
         self._grpc.start_stream(lambda result, error: came.put(error or result))
         try:
             with _refusals():
-                self._grpc.async_stream_infer(
-                    door, _tensors(case.inputs(stream=True)), enable_empty_final_response=True
-                )
+                tensors = to_tensors(case.inputs(stream=True), triton.InferInput)
+                self._grpc.async_stream_infer(door, tensors, enable_empty_final_response=True)
                 for taken in itertools.count():
                     if over or taken == leave_after:
                         return answer
@@ -299,17 +298,6 @@ def _refusals() -> Iterator[None]:
         code = (error.status() or "STREAM").removeprefix("StatusCode.")
         code = "TIMEOUT" if code == "DEADLINE_EXCEEDED" else code
         raise Refused(code, error.message()) from None
-
-
-def _tensors(inputs: Mapping[str, str | bool]) -> list[triton.InferInput]:
-    made = []
-    for name, value in inputs.items():
-        kind = "BOOL" if isinstance(value, bool) else "BYTES"
-        array = np.array([[value if kind == "BOOL" else str(value).encode()]])
-        tensor = triton.InferInput(name, [1, 1], kind)
-        tensor.set_data_from_numpy(array if kind == "BOOL" else array.astype(np.object_))
-        made.append(tensor)
-    return made
 
 
 def _outputs(result: Any) -> dict[str, list[Any]]:
