@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.limits import Limits
-from bench.offline import engine_of, release
+from bench.offline import VOCABULARY, engine_of, release
 from bench.options import Kernels, Out
 from bench.results import write_results
 from bench.shapes import PEERS
@@ -41,7 +41,7 @@ def seconds_of(
 ) -> float:
     """Of so many new tokens after each prompt, whose sequences take turns with the adapters."""
     rng = random.Random(batch)
-    prompts = [[rng.randint(0, 10_000) for _ in range(context)] for _ in range(batch)]
+    prompts = [[rng.randint(0, VOCABULARY) for _ in range(context)] for _ in range(batch)]
     params = [
         SamplingParams(max_tokens=tokens, temperature=0.0, seed=0, ignore_eos=True, lora_name=name)
         for name, _ in zip(itertools.cycle(adapters or [""]), prompts, strict=False)
