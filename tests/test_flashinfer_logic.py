@@ -3,9 +3,11 @@ that they compute. The real ones are for tests/test_gpu.py."""
 
 import itertools
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -249,13 +251,29 @@ class Replayed:
 
 
 def test_steps_in_pieces_write_only_their_own_pages(pair: SimpleNamespace) -> None:
-    rng, pieces = random.Random(7), pair.ours.for_pieces(200, 8)
+    rng, pieces = random.Random(7), pair.ours.for_pieces(200)
     for _ in range(6):
         contexts = [rng.randint(1, 100) for _ in range(rng.randint(1, 8))]
         counts = [rng.randint(1, min(context, 24)) for context in contexts]
         layout = make_layout(counts, contexts, pair.shape.page_size, rng, pair.shape.pages)
         size = sum(counts) + rng.randint(0, 8)
         compare(pair, Replayed(pieces, size), layout, size - sum(counts))
+
+
+def test_sequences_may_have_more_page_numbers_than_there_are_pages(pair: SimpleNamespace) -> None:
+    """As those that begin with the same tokens have, each with a last page of its own."""
+    page_size, context = pair.shape.page_size, 2000
+    count = -(-context // page_size)
+    pages = [[*range(1, count), count + number] for number in range(64)]
+
+    def layout_of(counts: list[int]) -> StepLayout:
+        layout = spare_layout(counts, page_size, [context] * len(counts))
+        return replace(layout, pages=np.concatenate(pages[: len(counts)]).astype(np.int32))
+
+    compare(pair, pair.ours.for_graph(64), layout_of([1] * 64), 0)
+    # What is new of prompts is in their own pages.
+    counts = [min(page_size, context % page_size + 3), *[1] * 63]
+    compare(pair, Replayed(pair.ours.for_pieces(200), sum(counts)), layout_of(counts), 0)
 
 
 def test_plans_that_follow_each_other_are_staged_apart(pair: SimpleNamespace) -> None:

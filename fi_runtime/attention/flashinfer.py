@@ -69,6 +69,10 @@ class Limits:
         """Sequences of a captured step."""
         return max(self.sequences, self.rows)
 
+    def page_numbers(self, page_size: int) -> int:
+        """Of all sequences; more than there are pages, where many begin with the same ones."""
+        return self.sequences * -(-self.context // page_size)
+
 
 class FlashInferAttention:
     """Prefill by one wrapper, decode by another; a step may have both.
@@ -121,11 +125,12 @@ class FlashInferAttention:
             cache, dtype or cache.data.dtype, heads, layers, partial, tensor_cores, backend
         )
         self._decode_workspaces = workspaces(limits.captured)
-        # Captured steps share it: positions; then all pages there are, those of padding, and those
-        # that prompts' tokens have each for itself, of which one is not full.
+        # Captured steps share it: positions; then the pages of sequences, those of padding, and
+        # those that prompts' tokens have each for itself, of which one is not full.
+        own = limits.page_numbers(shape.page_size)
         apart = APART_CONTEXT // shape.page_size + limits.captured if limits.rows else 0
         self._graph_buffer = torch.zeros(
-            2 * limits.captured + shape.pages + apart, dtype=torch.int32, device=device
+            2 * limits.captured + own + apart, dtype=torch.int32, device=device
         )
         library = flashinfer()
         self._decode = _Wrappers(
@@ -194,9 +199,9 @@ class FlashInferAttention:
         self.runs["graph decode"] = attention.runs
         return attention
 
-    def for_pieces(self, tokens: int, sequences: int) -> "PieceAttention":
+    def for_pieces(self, tokens: int) -> "PieceAttention":
         """Steps of up to so many, of which all but the attention itself is in CUDA graphs."""
-        return PieceAttention(self, self._common, tokens, sequences)
+        return PieceAttention(self, self._common, tokens, self._limits)
 
     def log_what_runs(self) -> None:
         """One line; loud where it is not what is meant to be used."""
@@ -288,16 +293,16 @@ class PieceAttention:
 
     Args:
         tokens: of a step at most.
-        sequences: of a step at most.
+        limits: of its sequences.
     """
 
     def __init__(
-        self, attention: FlashInferAttention, common: "_Common", tokens: int, sequences: int
+        self, attention: FlashInferAttention, common: "_Common", tokens: int, limits: Limits
     ) -> None:
         self._attention = attention
         shape, cache = common.cache.shape, common.cache.data
         # The spare page is the page of a sequence of its own, before all others.
-        parts = (tokens, tokens, sequences + 2, shape.pages + sequences)
+        parts = (tokens, tokens, limits.sequences + 2, 1 + limits.page_numbers(shape.page_size))
         self._buffer = torch.zeros(sum(parts), dtype=torch.int32, device=cache.device)
         self._places = Places(*torch.split(self._buffer, list(parts)))
         self._parts = parts

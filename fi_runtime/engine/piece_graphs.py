@@ -94,7 +94,7 @@ class PieceGraphs:
         page_size: int,
     ) -> None:
         self._sizes = sizes
-        self._attention = attention.for_pieces(sizes[-1], len(last_tokens))
+        self._attention = attention.for_pieces(sizes[-1])
         self._inputs = StepInputs(sizes[-1], bool(model.adapters), last_tokens.device)
         pool = torch.cuda.graph_pool_handle()
         # One for all, since memory is reused on the stream that it was taken on.
