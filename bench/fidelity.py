@@ -63,6 +63,9 @@ def fidelity_of(config: EngineConfig, copies: int = 8) -> Fidelity:
 def reference(config: EngineConfig, dtype: torch.dtype) -> PreTrainedModel:
     """Read from disk, since a model that is cast has its rotary frequencies cast too."""
     model = AutoModelForCausalLM.from_pretrained(config.checkpoint, dtype=dtype)
+    if getattr(model.config, "attn_logit_softcapping", None) is not None:
+        # What transformers chooses by itself leaves the cap out without a word, before 5.21.
+        model.set_attn_implementation("eager")
     return model.to(config.device).eval()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer
+from transformers import Gemma2PreTrainedModel
 
 from bench import lora, mixed, plot_engine, prefix
 from bench.cold_start import STARTED
@@ -168,6 +169,19 @@ def test_fidelity_tells_a_model_that_is_served_as_it_is_from_another(tmp_path: P
     other = reference(config, torch.float32)
     error, _ = logprob_errors(engine, other, wide, copies=1)
     assert error > 1e-3
+
+
+def test_the_model_that_is_compared_with_caps_its_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where transformers would take an attention that knows no cap, as it did before 5.21."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    model = write("gemma 2", tmp_path)
+    prompt = torch.tensor([[5, 17, 3, 60, 8, 198, 42]])
+    with torch.inference_mode():
+        right = model(prompt).logits
+        found = reference(config_of(tmp_path, "cpu"), torch.float32)(prompt).logits
+    torch.testing.assert_close(found, right)
 
 
 def event(
