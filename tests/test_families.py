@@ -139,6 +139,18 @@ def test_what_cannot_be_served_is_refused(
             torch.bfloat16,
             "hidden_size=2048, moe_intermediate_size=764: .* are of multiples of 8",
         ),
+        (
+            "Qwen3ForCausalLM",
+            Qwen3Config(head_dim=128, intermediate_size=3076),
+            torch.bfloat16,
+            "hidden_size=4096, intermediate_size=3076: .* rows of multiples of 8",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            Qwen3Config(head_dim=128, hidden_size=1028),
+            torch.float16,
+            "hidden_size=1028, intermediate_size=22016: .* rows of multiples of 8",
+        ),
     ],
 )
 def test_what_a_gpu_has_no_kernels_for_is_refused_there(

@@ -25,6 +25,8 @@ from fi_runtime.models.adapters import Adapters
 from fi_runtime.models.weights import CheckpointWeights, CountedWeights, DummyWeights, Weights
 
 CPU = torch.device("cpu")
+KERNELS_MULTIPLE = 8
+"""of elements in a row: the embedding and activations are read 16 bytes at a time"""
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,12 @@ def check_has_kernels(model: ModelConfig, dtype: torch.dtype) -> None:
     check_head_dim(model.head_dim)
     if model.experts and model.experts.layers:
         moe.check_sizes(dtype, model.hidden_size, model.experts.intermediate_size)
+    sizes = (model.hidden_size, model.intermediate_size)
+    if any(size % KERNELS_MULTIPLE for size in sizes):
+        raise ConfigError(
+            f"hidden_size={sizes[0]}, intermediate_size={sizes[1]}: kernels on a GPU read rows of "
+            f"multiples of {KERNELS_MULTIPLE}; use KIND_CPU"
+        )
 
 
 def check_gpu_has_kernels(model: ModelConfig, dtype: torch.dtype) -> None:
