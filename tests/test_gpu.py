@@ -621,6 +621,17 @@ def test_replayed_steps_answer_as_launched_ones(graphs: dict[str, int]) -> None:
     assert sum(a.tokens != b.tokens for a, b in both) <= 2
 
 
+def test_sequences_that_begin_alike_have_more_page_numbers_than_the_cache_has_pages() -> None:
+    prompt = demo_prompts()[-1]
+    params = [SamplingParams(max_tokens=16, temperature=0.0, seed=0, ignore_eos=True)] * 60
+    for graphs in ({}, {"decode_graphs": 0}):
+        engine = gpu_engine(DEMO, cache_tokens=6400, max_sequences=60, **graphs)
+        alone = engine.generate([prompt], params[:1])[0].tokens
+        together = tokens_of(engine.generate([prompt] * 60, params))
+        assert engine.scheduler.num_preemptions == 0
+        assert sum(tokens == alone for tokens in together) >= 54
+
+
 # Memory, and what cannot be served
 
 
