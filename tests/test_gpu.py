@@ -519,7 +519,8 @@ def test_no_token_that_is_ruled_out_is_ever_drawn() -> None:
             assert token in tokens
     banned = logits.clone()
     banned[:, 1:] = float("-inf")
-    assert not drawn(banned, draws_for([params_of(3)] * 64, range(64))).any()
+    for knobs in ({}, {"temperature": 1e300}, {"temperature": 1e300, "top_p": 0.9}):
+        assert not drawn(banned, draws_for([params_of(3, **knobs)] * 64, range(64))).any()
 
 
 # The engine

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
   const T* own = logits + row * stride;
   const float temperature = temperatures[row], top_p = top_ps[row], min_p = min_ps[row];
   const double top_k = top_ks[row];
-  const float scale = 1.f / fmaxf(temperature, kLeastTemperature);
+  const float scale = scale_of(temperature);
   const uint64_t key = keys[row];
   const unsigned low = key, high = key >> 32;
   auto each = [&](auto take) {

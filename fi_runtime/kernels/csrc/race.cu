@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kThreads)
   wait_for_kernels_before(logits, temperatures, keys, slots);
   const float temperature = temperatures[row];
   const bool drawn = temperature > 0.f;
-  const float scale = drawn ? 1.f / fmaxf(temperature, kLeastTemperature) : 1.f;
+  const float scale = drawn ? scale_of(temperature) : 1.f;
   const uint64_t key = keys[row];
   const unsigned low = key, high = key >> 32;
   unsigned long long top = 0;

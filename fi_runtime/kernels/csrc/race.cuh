@@ -43,8 +43,15 @@ __device__ __forceinline__ int token_of(unsigned long long rank) {
   return rank == 0 ? 0 : static_cast<int>(~rank & 0xffffffffu);
 }
 
-// Below it float32 scores could overflow; the likeliest token has all the weight long before.
-constexpr float kLeastTemperature = 1e-5f;
+// Below the first float32 scores could overflow; the likeliest token has all the weight long before.
+// Beyond the second one over it is 0 in float32, which times the -inf of a token that is ruled out is
+// no number; all others are as likely long before.
+constexpr float kLeastTemperature = 1e-5f, kMostTemperature = 1e30f;
+
+// What logits are multiplied with.
+__device__ __forceinline__ float scale_of(float temperature) {
+  return 1.f / fminf(fmaxf(temperature, kLeastTemperature), kMostTemperature);
+}
 
 constexpr int kEach = 8;  // logits that a thread reads at a time
 
