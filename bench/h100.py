@@ -192,9 +192,7 @@ def main(
         "transport": lambda: _run("bench.transport", "4", "--out", str(out / "transport.json")),
         "serving": serving,
         **{name: functools.partial(measure, name) for name in ALONE},
-        "soak": lambda: _run(
-            "bench.soak", "--minutes", SOAK_MINUTES, "--out", str(out / "soak.json")
-        ),
+        "soak": lambda: measure("soak", "--minutes", SOAK_MINUTES),
     }
     failed = []
     for name in parts or known:

@@ -1,6 +1,6 @@
 """Mixed traffic with cancellations and faults, for as long as asked: what goes wrong.
 
-    python -m bench.soak [--minutes 30] [--out soak.json]
+    python -m bench.soak [--minutes 30] [--kernels FOLDER] [--out soak.json]
 
 Clients ask both doors over every transport: streams and whole answers, several to a prompt, guides,
 stop strings, log-probabilities, short prompts and long ones. Some leave in mid-answer. Meanwhile
@@ -44,7 +44,7 @@ from rich.console import Console
 from rich.table import Table
 from tritonclient.utils import InferenceServerException
 
-from bench.options import Out
+from bench.options import Kernels, Out
 from bench.results import write_results
 from client.tensors import to_tensors
 from tools.demo.tasks import evaluation_set
@@ -601,9 +601,12 @@ def pages_held(server: TritonServer, within_s: float = 15.0) -> int:
 
 
 @contextlib.contextmanager
-def soak_server(folder: Path, arguments: list[str] | None = None) -> Iterator[TritonServer]:
+def soak_server(
+    folder: Path, arguments: list[str] | None = None, kernels: Path | None = None
+) -> Iterator[TritonServer]:
     """A server of the default checkpoint, with the three doors."""
-    repository = write_repository(folder / "repository", CHECKPOINT, KNOBS)
+    knobs = KNOBS | ({"kernels": str(kernels.resolve())} if kernels else {})
+    repository = write_repository(folder / "repository", CHECKPOINT, knobs)
     copy_door(UNARY, repository / MORTAL, {"engine": STREAMED}, instances=1)
     with TritonServer(repository, arguments or ARGUMENTS, log=folder / "log") as server:
         server.wait_ready()
@@ -648,6 +651,7 @@ def main(
     minutes: Annotated[float, typer.Option(help="Of traffic, without what comes before.")] = 30.0,
     clients: Annotated[int, typer.Option(help="That ask at the same time.")] = 12,
     fault_every: Annotated[float, typer.Option(help="Seconds between two faults.")] = 45.0,
+    kernels: Kernels = None,
     out: Out = None,
 ) -> None:
     """Soak a server, and print a table."""
@@ -658,7 +662,10 @@ def main(
     def show(text: str) -> None:
         console.print(f"{time.monotonic() - started:7.1f} s  {text}", markup=False, highlight=False)
 
-    with tempfile.TemporaryDirectory() as name, soak_server(Path(name)) as server:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        soak_server(Path(name), kernels=kernels) as server,
+    ):
         expected = answers_alone(server, cases())
         show(f"{len(expected)} requests answered alone")
         soak = Soak(server, expected, clients, show)
