@@ -46,7 +46,7 @@ def seconds_of(
         SamplingParams(max_tokens=tokens, temperature=0.0, seed=0, ignore_eos=True, lora_name=name)
         for name, _ in zip(itertools.cycle(adapters or [""]), prompts, strict=False)
     ]
-    engine.pool.forget()
+    engine.tree.forget()
     begin = time.perf_counter()
     engine.generate(prompts, params)
     return time.perf_counter() - begin

@@ -60,7 +60,7 @@ def seconds_of(engine: Engine) -> float:
     ]
     seconds = 0.0
     for _ in range(2):
-        engine.pool.forget()
+        engine.tree.forget()
         begin = time.perf_counter()
         results = engine.generate(prompts, params)
         seconds = time.perf_counter() - begin
@@ -121,7 +121,7 @@ def measure(model: str, kernels: Path | None, cache_dtype: CacheDTypeName) -> di
     return {
         "model": model,
         "cache_dtype": cache_dtype,
-        "cache_pages": engine.pool.usable,
+        "cache_pages": engine.tree.usable,
         "tokens": tokens,
         "seconds": round(seconds, 3),
         "tokens_per_s": round(tokens / seconds, 1),

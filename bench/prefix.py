@@ -40,9 +40,9 @@ def measure_engine(engine: Engine, shared: int = SHARED) -> dict[str, Any]:
         return [rng.randrange(VOCABULARY) for _ in range(count)]
 
     engine.generate([tokens(shared + OWN) for _ in range(REQUESTS)], _params())  # to warm up
-    engine.pool.forget()
+    engine.tree.forget()
     uncached = _first_tokens(engine, [tokens(shared + OWN) for _ in range(REQUESTS)])
-    engine.pool.forget()
+    engine.tree.forget()
     beginning = tokens(shared)
     engine.generate([beginning + tokens(OWN)], _params())
     cached = _first_tokens(engine, [beginning + tokens(OWN) for _ in range(REQUESTS)])

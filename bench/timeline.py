@@ -139,7 +139,7 @@ def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> f
     for key in keys:
         engine.abort(key)
     engine.step()
-    engine.pool.forget()
+    engine.tree.forget()
     return statistics.median(host)
 
 

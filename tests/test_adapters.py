@@ -68,7 +68,7 @@ class AdaptedTwin:
         results = engine.generate(prompts, [with_adapter(name) for name, _ in work])
         for (name, _), prompt, result in zip(work, prompts, results, strict=True):
             self.check(name, prompt, result)
-        assert engine.pool.free == engine.pool.usable
+        assert engine.tree.free == engine.tree.usable
 
 
 def with_adapter(name: str) -> SamplingParams:
@@ -147,7 +147,7 @@ def test_adapters_share_no_pages(llama: AdaptedTwin) -> None:
     assert reused(["some"]) == 0
     assert reused(["layers", "layers"]) == 96, "one that is computed in the same step"
     assert reused([*llama.models]) == 4 * 96, "each has its own of before"
-    engine.pool.forget()
+    engine.tree.forget()
     assert reused([*llama.models]) == 0
 
 

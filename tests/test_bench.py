@@ -252,7 +252,7 @@ def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
     assert not engine.busy
     assert row["itl_mixed_ms_p99"] >= row["itl_mixed_ms_p50"] > 0
     assert min(row["prefill_alone_tokens_per_s"], row["prefill_mixed_tokens_per_s"]) > 0
-    engine.pool.forget()  # whose prompts begin as the next ones do
+    engine.tree.forget()  # whose prompts begin as the next ones do
     engine.stats()
     shared = prefix.measure_engine(engine, shared=160)
     assert engine.stats().reused_tokens == prefix.REQUESTS * 160

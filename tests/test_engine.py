@@ -138,9 +138,9 @@ def test_aborted_sequences_give_their_pages_back(checkpoint: Path) -> None:
         running.add((b"a", number), PROMPT, GREEDY)
     for _ in range(3):
         running.step()
-    assert running.pool.free < running.pool.usable
+    assert running.tree.free < running.tree.usable
     assert all(running.abort(key) for key in running.keys_of(b"a"))
-    assert running.pool.free == running.pool.usable
+    assert running.tree.free == running.tree.usable
     assert not running.busy
     assert not running.abort((b"a", 0)), "it has ended already"
 
@@ -170,7 +170,7 @@ def test_what_cannot_run_is_refused_and_costs_nothing(
     with pytest.raises(BadRequest, match=words):
         refusing.add((b"a", 1), prompt, params)
     assert not refusing.busy
-    assert refusing.pool.free == refusing.pool.usable
+    assert refusing.tree.free == refusing.tree.usable
 
 
 def test_a_step_that_fails_ends_its_sequences_and_not_the_engine(
@@ -193,7 +193,7 @@ def test_a_step_that_fails_ends_its_sequences_and_not_the_engine(
     }
     assert all("out of luck" in output.error for output in outputs.values())
     assert not running.busy
-    assert running.pool.free == running.pool.usable
+    assert running.tree.free == running.tree.usable
     assert running.generate([PROMPT], GREEDY) == expected
 
 
@@ -323,7 +323,7 @@ def test_launching_ahead_changes_no_answer(
                 found[number].append((output.tokens, told, output.finish))
             if steps == 9:
                 assert running.abort((b"a", 6)) or found[6][-1][2] is not None
-        assert running.pool.free == running.pool.usable
+        assert running.tree.free == running.tree.usable
         assert (running.scheduler.num_preemptions > 0) == (cache_tokens < 1000)
         del found[6]
         return found

@@ -642,13 +642,13 @@ def test_the_cache_takes_what_is_left() -> None:
     engine = gpu_engine(DEMO, cache_tokens=0, gpu_memory_fraction=0.5)
     free = torch.cuda.mem_get_info()[0]
     assert 0.44 < 1 - free / total < 0.53
-    assert engine.pool.free > 1_000_000 / 16
-    pages = engine.pool.usable
+    assert engine.tree.free > 1_000_000 / 16
+    pages = engine.tree.usable
     del engine
     gc.collect()
     torch.cuda.empty_cache()
     kept = gpu_engine(DEMO, cache_tokens=0, gpu_memory_fraction=0.5, cache_dtype="fp8")
-    assert kept.pool.usable > 1.9 * pages
+    assert kept.tree.usable > 1.9 * pages
     del kept
     gc.collect()
     torch.cuda.empty_cache()

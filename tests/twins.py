@@ -61,7 +61,7 @@ class Twin:
             assert result.tokens == tokens, f"prompt of {length} tokens"
             assert result.logprobs == pytest.approx(logprobs, abs=1e-4), f"{length} tokens"
             assert result.finish == "length"
-        assert engine.pool.free == engine.pool.usable
+        assert engine.tree.free == engine.tree.usable
 
 
 def take_few_tokens_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,10 @@ class Engine:
         self.model_config = built.model_config
         self.max_context = built.max_context
         self._adapters = {name: number for number, name in enumerate(built.adapters, 1)}
-        self.pool = PrefixTree(PagePool(built.pages), config.page_size)
+        self.tree = PrefixTree(PagePool(built.pages), config.page_size)
         self._runner = built.runner
         self.scheduler = Scheduler(
-            self.pool,
+            self.tree,
             config.page_size,
             config.max_sequences,
             config.step_tokens,
@@ -161,7 +161,7 @@ class Engine:
         return Stats(
             running=running,
             waiting=len(self._sequences) - running,
-            cache_usage=1.0 - self.pool.free / self.pool.usable,
+            cache_usage=1.0 - self.tree.free / self.tree.usable,
             preemptions=new[0],
             prompt_tokens=new[1],
             reused_tokens=new[2],
@@ -182,7 +182,7 @@ class Engine:
                 log.exception("a step of %d sequences failed", len(chunks))
                 outputs += [self._give_up(chunk.sequence, error) for chunk in chunks]
                 # Pages that the step was to fill, and that others would have read, among them.
-                self.pool.forget()
+                self.tree.forget()
         outputs += self._collect()
         self._launched = launched
         if not self._runner.runs_ahead:
