@@ -15,7 +15,7 @@ from rich.console import Console
 from fi_runtime.config import ConfigError, Device
 from fi_runtime.doctor import examine, print_report, report_json
 from fi_runtime.engine.build import cache_dtype, check_has_kernels, compiled_in, compute_dtype
-from fi_runtime.engine.core import Engine
+from fi_runtime.engine.core import BadRequest, Engine
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.kernels.prebuild import prebuild as compile_modules
 from fi_runtime.messages import SamplingParams
@@ -24,6 +24,9 @@ from fi_runtime.tokenizer import load_tokenizer, tokenizer_file
 
 app = typer.Typer(add_completion=False, help=__doc__)
 errors = Console(stderr=True)
+
+MAX_SEED = (1 << 63) - 1
+"""the engine's is a signed integer"""
 
 Model = Annotated[Path, typer.Option(help="Model folder whose config.pbtxt names the checkpoint.")]
 
@@ -40,7 +43,7 @@ def generate(
     model: Model = Path("model_repository/llm"),
     max_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 chooses the likeliest.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED)] = 0,
     device: Annotated[
         Device | None, typer.Option(help="Where to run.", show_default="cuda where there is a GPU")
     ] = None,
@@ -51,9 +54,9 @@ def generate(
         engine = Engine(config)
         with tempfile.TemporaryDirectory() as scratch:
             tokenizer = load_tokenizer(tokenizer_file(Path(config.checkpoint), Path(scratch)))
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
-    begin = time.perf_counter()
-    result = engine.generate([list(tokenizer.encode(prompt).ids)], params)[0]
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed)
+        begin = time.perf_counter()
+        result = engine.generate([list(tokenizer.encode(prompt).ids)], params)[0]
     seconds = time.perf_counter() - begin
     print(tokenizer.decode(result.tokens))
     errors.print(
@@ -121,7 +124,7 @@ def told_errors() -> Iterator[None]:
     """End the command with one message for what cannot be done."""
     try:
         yield
-    except ConfigError as error:
+    except (ConfigError, BadRequest) as error:
         errors.print(str(error), style="red", markup=False)
         raise typer.Exit(1) from None
 

@@ -214,6 +214,24 @@ def test_the_command_answers_whole_prompts_alone(folder: Path, asked: str) -> No
     assert done.stdout == f"{expected}\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([""], "the prompt is empty"),
+        (["a", "--max-tokens", "100000"], "max_tokens=100000 are more than the context"),
+        (["a", "--seed", str(2**63)], "9223372036854775807"),
+    ],
+)
+def test_what_the_command_cannot_answer_is_told(folder: Path, given: list[str], words: str) -> None:
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    line = f'parameters {{ key: "checkpoint" value {{ string_value: "{folder}" }} }}'
+    (folder / "config.pbtxt").write_text(line)
+    told = CliRunner().invoke(app, ["generate", *given, "--model", str(folder), "--device", "cpu"])
+    assert told.exit_code in (1, 2)
+    assert isinstance(told.exception, SystemExit), "no traceback"
+    assert words in told.output
+
+
 def test_a_tokenizer_that_is_none(folder: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
