@@ -1,7 +1,7 @@
 """Requests as clients send them, to prompts and parameters as the engine takes them."""
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,7 @@ def parse_request(
     if knobs.n > limits.max_n:
         raise RequestError("INVALID_ARG", f"n={knobs.n}: at most {limits.max_n} answers are given")
     stop = _stop_strings(knobs, limits.max_stop_strings)
+    _check_vocabulary(knobs, served.info)
     params = _params(knobs, flags, served, room)
     repeats = not (flags.stream or flags.exclude_input_in_output)
     return Request(
@@ -186,6 +187,15 @@ def _stop_strings(knobs: Knobs, most: int) -> list[str]:
             f"{most} strings of {MAX_STOP_CHARS} characters are taken",
         )
     return strings
+
+
+def _check_vocabulary(knobs: Knobs, info: EngineInfo) -> None:
+    for name, tokens, lowest in (
+        ("logit_bias", knobs.logit_bias, 0),
+        ("stop_token_ids", knobs.stop_token_ids, 0),
+        ("end_id", [] if knobs.end_id is None else [knobs.end_id], -1),
+    ):
+        _check_tokens(name, tokens, info, lowest)
 
 
 def _params(knobs: Knobs, flags: Flags, served: Served, room: int) -> SamplingParams:
@@ -315,11 +325,15 @@ def _check_length(name: str, text: str, most: int) -> None:
 
 def _token_ids(value: object, info: EngineInfo) -> list[int]:
     ids: list[int] = convert({"input_ids": value}, {"input_ids": list[int]})["input_ids"]
-    outside = [token for token in ids if not 0 <= token < info.vocab_size]
+    _check_tokens("input_ids", ids, info)
+    return ids
+
+
+def _check_tokens(name: str, tokens: Iterable[int], info: EngineInfo, lowest: int = 0) -> None:
+    outside = [token for token in tokens if not lowest <= token < info.vocab_size]
     if outside:
         raise RequestError(
             "INVALID_ARG",
-            f"input_ids: token id {outside[0]} is outside the vocabulary; "
-            f"allowed are 0 to {info.vocab_size - 1}",
+            f"{name}: token id {outside[0]} is outside the vocabulary; "
+            f"allowed are {lowest} to {info.vocab_size - 1}",
         )
-    return ids
