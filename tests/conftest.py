@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.families import write
-from tests.serving import KNOBS, VLLM, Reference, write_checkpoint
+from tests.serving import KNOBS, TENSORRT, VLLM, Reference, write_checkpoint
 from tests.twins import Twin
 from tools.repository import write_repository
 from tools.serve import ROOT, TritonServer
@@ -72,7 +72,8 @@ def server(
     """A tritonserver with all doors. Tests leave it as they found it."""
     folder = tmp_path_factory.mktemp("server")
     repository = write_repository(folder / "repository", served_checkpoint, KNOBS)
-    shutil.copytree(ROOT / "docs" / "samples" / VLLM, repository / VLLM)
+    for sample in (VLLM, TENSORRT):
+        shutil.copytree(ROOT / "docs" / "samples" / sample, repository / sample)
     with TritonServer(repository, log=folder / "log") as running:
         running.wait_ready()
         yield running

@@ -30,6 +30,8 @@ from tools.serve import TritonServer
 
 VLLM = "vllm_model"
 """the sample door, for clients of Triton's vLLM backend"""
+TENSORRT = "tensorrt_llm_bls"
+"""the one for the clients that come with its TensorRT-LLM backend"""
 BATCH = 64
 CONTEXT = 4096
 HANG_S = 60
@@ -69,12 +71,18 @@ TYPES: dict[str, tuple[str, type]] = {
     "end_id": ("INT32", np.int32),
     "pad_id": ("INT32", np.int32),
     "stop_words": ("BYTES", object),
+    "beam_width": ("INT32", np.int32),
+    "num_return_sequences": ("INT32", np.int32),
+    "length_penalty": ("FP32", np.float32),
     "return_finish_reason": ("BOOL", bool),
     "return_cumulative_logprob": ("BOOL", bool),
     "return_logprobs": ("BOOL", bool),
     "return_num_input_tokens": ("BOOL", bool),
     "return_num_output_tokens": ("BOOL", bool),
     "return_log_probs": ("BOOL", bool),
+    "return_context_logits": ("BOOL", bool),
+    "return_generation_logits": ("BOOL", bool),
+    "return_perf_metrics": ("BOOL", bool),
     "return_token_ids": ("BOOL", bool),
 }
 
@@ -435,9 +443,11 @@ def generate(server: TritonServer, door: str, **body: Any) -> tuple[int, dict[st
         return response.status, json.loads(response.read())
 
 
-def generate_stream(server: TritonServer, **body: Any) -> list[dict[str, Any]]:
+def generate_stream(
+    server: TritonServer, door: str = STREAMED, **body: Any
+) -> list[dict[str, Any]]:
     """/generate_stream: the data of the server-sent events."""
-    with post(server, f"/v2/models/{STREAMED}/generate_stream", body) as response:
+    with post(server, f"/v2/models/{door}/generate_stream", body) as response:
         assert response.status == 200
         assert response.headers["Content-Type"].startswith("text/event-stream")
         frames = response.read().decode().split("\n\n")

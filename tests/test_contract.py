@@ -1,6 +1,7 @@
 """What clients of Triton's vLLM and TensorRT-LLM backends send, and what they read."""
 
 import json
+import queue
 import re
 from typing import Any
 
@@ -10,12 +11,16 @@ import tritonclient.grpc
 from tritonclient.utils import InferenceServerException
 
 from tests.serving import (
+    HANG_S,
+    TENSORRT,
     VLLM,
     Reference,
     Response,
     Stream,
     at_once,
     byte_tokenizer,
+    generate,
+    generate_stream,
     infer_grpc,
     infer_http,
     joined,
@@ -257,6 +262,76 @@ def test_the_openai_frontends_tensorrt_llm_dialect(
     assert response.text == reference.text("openai", TOKENS)
     assert int(response.value("num_input_tokens")) == len(b"openai")
     assert int(response.value("num_output_tokens")) == TOKENS
+
+
+TENSORRTS = {
+    "text_input": "tensorrt",
+    "max_tokens": TOKENS,
+    "stream": False,
+    "beam_width": 1,
+    "temperature": 0.0,
+    "num_return_sequences": 1,
+    "bad_words": [""],
+    "stop_words": [""],
+    "pad_id": 2,
+    "exclude_input_in_output": False,
+    "return_log_probs": True,
+    "return_context_logits": False,
+    "return_generation_logits": False,
+}
+"""What TensorRT-LLM's end_to_end_grpc_client.py sends, all of it in shapes [1, 1]."""
+
+
+@pytest.mark.parametrize("door", [TENSORRT, "llm"])
+def test_tensorrt_llms_own_client(server: TritonServer, reference: Reference, door: str) -> None:
+    """Its tensors, dtypes and outputs; it reads text_output as a list of the beams' texts."""
+    tensors = tensors_of(tritonclient.grpc, TENSORRTS)
+    assert all(tensor.shape() == [1, 1] for tensor in tensors)
+    names = ["text_output", "cum_log_probs", "output_log_probs"]
+    came: queue.Queue[Any] = queue.Queue()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        client.start_stream(lambda result, error: came.put(error or result))
+        outputs = [tritonclient.grpc.InferRequestedOutput(name) for name in names]
+        client.async_stream_infer(door, tensors, outputs=outputs, request_id="1")
+        result = came.get(timeout=HANG_S)
+        client.stop_stream()
+    assert not isinstance(result, Exception), result
+    text = result.as_numpy("text_output")
+    [first] = text if door == TENSORRT else text[0]
+    assert first.decode("utf-8") == "tensorrt" + reference.text("tensorrt", TOKENS)
+    assert result.as_numpy("output_log_probs").size == TOKENS
+
+
+def test_tensorrt_llms_door_over_http(server: TritonServer, reference: Reference) -> None:
+    """The requests of its documentation, and a stream."""
+    inputs = {"text_input": "curl", "max_tokens": TOKENS, **GREEDY}
+    expected = reference.text("curl", TOKENS)
+    status, body = generate(server, TENSORRT, **inputs, bad_words="", stop_words="", pad_id=2)
+    assert (status, body["text_output"]) == (200, "curl" + expected)
+    stop = expected[4:6]
+    status, body = generate(server, TENSORRT, **inputs, stop_words=["never", stop])
+    assert (status, body["text_output"]) == (200, "curl" + expected[: expected.index(stop)])
+    events = generate_stream(server, TENSORRT, **inputs, stream=True)
+    assert "".join(event["text_output"] for event in events) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("beam_width", 4),
+        ("num_return_sequences", 2),
+        ("return_context_logits", True),
+        ("return_generation_logits", True),
+        ("return_perf_metrics", True),
+    ],
+)
+def test_what_tensorrt_llm_can_beside_is_refused(
+    server: TritonServer, name: str, value: object
+) -> None:
+    with pytest.raises(InferenceServerException) as caught:
+        infer_grpc(server, text_input="a", **{name: value})
+    assert caught.value.status() == "StatusCode.UNIMPLEMENTED"
+    assert f"{name}={value} is not supported" in caught.value.message()
 
 
 def test_genai_perfs_default_dialect(server: TritonServer) -> None:

@@ -190,6 +190,15 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ({"text_input": "a", "min_p": 1.5}, ["min_p=1.5", "<= 1"]),
         ({"text_input": "a", "top_k": -2}, ["top_k=-2", ">= -1"]),
         ({"text_input": "a", "end_id": -2}, ["end_id=-2", ">= -1"]),
+        ({"text_input": "a", "end_id": 256}, ["end_id", "256", "-1 to 255"]),
+        (
+            {"text_input": "a", "sampling_parameters": '{"stop_token_ids": [1, 256]}'},
+            ["stop_token_ids", "256", "0 to 255"],
+        ),
+        (
+            {"text_input": "a", "sampling_parameters": '{"logit_bias": {"256": 1}}'},
+            ["logit_bias", "256", "0 to 255"],
+        ),
         ({"text_input": "a", "sampling_parameters": '{"tempo": 1}'}, ["tempo", "known are"]),
         ({"text_input": "a", "sampling_parameters": "[1]"}, ["sampling_parameters", "JSON object"]),
         ({"text_input": "a", "sampling_parameters": "{"}, ["sampling_parameters", "JSON object"]),
@@ -233,7 +242,9 @@ def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
 
 
 def test_request_parameters_that_are_not_served_are_not_ignored() -> None:
-    for name, value in {"best_of": 10, "prompt_logprobs": 3, "detokenize": False}.items():
+    given = {"best_of": 10, "prompt_logprobs": 3, "detokenize": False, "beam_width": 4}
+    tensorrts = {"embedding_bias_words": "x", "num_draft_tokens": 5, "lora_task_id": 1}
+    for name, value in {**given, **tensorrts}.items():
         code, message = refused({name: value}, text_input="a")
         assert code == "UNSUPPORTED"
         assert name in message
@@ -260,6 +271,7 @@ def test_the_cumulative_logprob_needs_the_engines_but_reports_none() -> None:
         '{"n": 1, "presence_penalty": "0"}',
         '{"n": "1", "repetition_penalty": "1.0", "skip_special_tokens": "true"}',
         '{"guided_decoding": null, "logit_bias": {}, "bad_words": []}',
+        '{"beam_width": 1, "num_return_sequences": "1", "return_context_logits": "false"}',
     ],
 )
 def test_asking_for_nothing_special_is_no_special_feature(given: str) -> None:

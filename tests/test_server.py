@@ -631,7 +631,7 @@ def maps_torch(process: psutil.Process) -> bool:
 def test_all_front_ends_share_the_one_process_that_holds_the_weights(server: TritonServer) -> None:
     [engine] = engines(server)
     front_ends = stubs(server)
-    assert len(front_ends) == 6, "two instances of each door"
+    assert len(front_ends) == 8, "two instances of each door"
     # Guides of clients are checked in small processes that are neither.
     others = {p.pid for p in processes(server) if "fi_runtime.guide_checker" not in command_of(p)}
     assert others == {server.pid, engine.pid, *(p.pid for p in front_ends)}

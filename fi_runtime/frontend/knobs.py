@@ -59,15 +59,30 @@ ALIASES = {"min_length": "min_tokens", "random_seed": "seed"}
 
 KNOBS: dict[str, Any] = {field.name: field.type for field in msgspec.structs.fields(Knobs)}
 
-# What both dialects know and this build does not serve, and the value that asks for nothing.
+# What the dialects know and this build does not serve, and the value that asks for nothing.
 NEUTRAL: dict[str, object] = {
     "best_of": 1.0,
+    "use_beam_search": False,
     "allowed_token_ids": None,
     "prompt_logprobs": None,
     "spaces_between_special_tokens": True,
     "detokenize": True,
     "truncate_prompt_tokens": None,
     "logits_processors": None,
+    "image": None,
+    # TensorRT-LLM's
+    "beam_width": 1,
+    "num_return_sequences": 1,
+    "return_context_logits": False,
+    "return_generation_logits": False,
+    "return_perf_metrics": False,
+    "embedding_bias_words": None,
+    "embedding_bias_weights": None,
+    "num_draft_tokens": 0,
+    "use_draft_logits": False,
+    "prompt_vocab_size": None,
+    "decoder_text_input": None,
+    "image_url_input": None,
     "lora_task_id": None,
 }
 
