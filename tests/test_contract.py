@@ -3,6 +3,8 @@
 import json
 import queue
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -466,6 +468,27 @@ def test_guided_and_free_requests_share_batches(server: TritonServer, reference:
     results = at_once(calls)
     assert results[0::3] == [expected] * 6
     assert set(results[1::3] + results[2::3]) == {"tied " + "x" * 20}
+
+
+def test_nothing_waits_for_a_guide_that_takes_long_to_compile(server: TritonServer) -> None:
+    """Each of these is worked on for half a second and then refused."""
+    knobs = sampling(structured_outputs={"regex": "(" * 5 + "a" + "{1000})" * 5})
+
+    def slow() -> float:
+        begin = time.monotonic()
+        with pytest.raises(InferenceServerException, match="too complex"):
+            infer_grpc(server, text_input="slow", sampling_parameters=knobs)
+        return time.monotonic() - begin
+
+    alone, took = slow(), []
+    with ThreadPoolExecutor(4) as pool:  # more than there are front ends
+        slow_ones = [pool.submit(lambda: [slow() for _ in range(2)]) for _ in range(4)]
+        while not all(one.done() for one in slow_ones):
+            begin = time.monotonic()
+            infer_grpc(server, text_input="quick", max_tokens=2)
+            took.append(time.monotonic() - begin)
+    assert max(max(one.result()) for one in slow_ones) > 1.5 * alone, "they took turns"
+    assert max(took) < alone, took
 
 
 def test_bans_give_way_where_a_guide_leaves_no_choice(server: TritonServer) -> None:

@@ -1,4 +1,7 @@
-"""Guides as clients send them, to the grammar that the engine takes."""
+"""Guides as clients send them, to the grammar that the engine takes.
+
+What a client asked for is read at once; it is compiled when somebody has the time.
+"""
 
 import contextlib
 import json
@@ -7,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +37,39 @@ WHITESPACE: dict[str, type] = {"disable_any_whitespace": bool, "whitespace_patte
 TENSORRT_KINDS = ("json", "json_schema", "regex", "ebnf_grammar")
 
 
+@dataclass(frozen=True)
+class Guide:
+    """What an answer has to match, as llguidance takes it, and not compiled yet."""
+
+    kind: str
+    text: str
+    given: object
+    of: str
+    """what the client calls it"""
+    options: dict[str, object] = field(default_factory=dict)
+    part: "Guide | None" = None
+    """of it, compiled first to say what is wrong there"""
+
+    def compiled(self) -> str:
+        """The serialised grammar; takes up to the checker's limit of time.
+
+        Raises:
+            RequestError: says what was given, and what is wrong with it and where.
+        """
+        if self.part is not None:
+            self.part.compiled()
+        grammar, reason = _checker.check(
+            {"kind": self.kind, "text": self.text, "options": self.options}
+        )
+        if reason:
+            raise _bad(f"{self.of}={short(self.given)}", _readable(reason))
+        return grammar
+
+
 def guide_of_vllm(
     value: object, name: str = "structured_outputs", most_bytes: int = GUIDE_BYTES
-) -> str | None:
-    """The grammar that vLLM's ``structured_outputs`` or ``guided_decoding`` asks for, if any.
+) -> Guide | None:
+    """What vLLM's ``structured_outputs`` or ``guided_decoding`` asks for; None for nothing.
 
     Args:
         value: an object with one of ``KINDS``, or a string that holds one; null asks for nothing.
@@ -52,8 +85,8 @@ def guide_of_vllm(
         raise _bad(name, "it is nested too deeply") from None
 
 
-def guide_of_tensorrt(kind: str, guide: str, most_bytes: int = GUIDE_BYTES) -> str | None:
-    """The grammar that TensorRT-LLM's inputs ask for; None if both are empty.
+def guide_of_tensorrt(kind: str, guide: str, most_bytes: int = GUIDE_BYTES) -> Guide | None:
+    """What TensorRT-LLM's inputs ask for; None if both are empty.
 
     Args:
         kind: guided_decoding_guide_type, one of ``TENSORRT_KINDS``.
@@ -79,13 +112,13 @@ def guide_of_tensorrt(kind: str, guide: str, most_bytes: int = GUIDE_BYTES) -> s
         )
     _check_size(guide, of, most_bytes)
     if kind == "json":
-        return _json('{"type": ["object", "array"]}', guide, of, {})
+        return _json('{"type": ["object", "array"]}', guide, of)
     if kind == "json_schema":
-        return _json(guide, guide, of, {})
-    return _checked("regex" if kind == "regex" else "grammar", guide, guide, of)
+        return _json(guide, guide, of)
+    return Guide("regex" if kind == "regex" else "grammar", guide, guide, of)
 
 
-def _guide_of_vllm(given: dict[str, object], name: str, most_bytes: int) -> str | None:
+def _guide_of_vllm(given: dict[str, object], name: str, most_bytes: int) -> Guide | None:
     known = (*KINDS, *ASKS_FOR_NOTHING, *WHITESPACE)
     for key, one in given.items():
         if key not in known:
@@ -105,13 +138,13 @@ def _guide_of_vllm(given: dict[str, object], name: str, most_bytes: int) -> str 
         _check_size(text if isinstance(text, str) else json.dumps(text), of, most_bytes)
     if kind == "json":
         text = guide if isinstance(guide, str) else json.dumps(_is(guide, dict[str, object], of))
-        return _json(text, guide, of, _whitespace(given, name))
+        return _json(text, guide, of, *_whitespace(given, name))
     if kind == "json_object":
         _is(guide, bool, of)
-        return _json('{"type": "object"}', guide, of, _whitespace(given, name))
+        return _json('{"type": "object"}', guide, of, *_whitespace(given, name))
     if kind == "choice":
         return _choice(_is(guide, list[str], of), of)
-    return _checked(kind, str(_is(guide, str, of)), guide, of)
+    return Guide(kind, str(_is(guide, str, of)), guide, of)
 
 
 def _object(value: object, name: str) -> dict[str, object]:
@@ -127,46 +160,43 @@ def _object(value: object, name: str) -> dict[str, object]:
     return {key: one for key, one in found.items() if one is not None and one is not False}
 
 
-def _json(text: str, given: object, of: str, options: dict[str, object]) -> str:
+def _json(
+    text: str,
+    given: object,
+    of: str,
+    options: dict[str, object] | None = None,
+    part: Guide | None = None,
+) -> Guide:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _bad(f"{of}={short(given)}", f"expected a JSON schema: {error}") from None
     # Written anew: llguidance pastes a schema's text into its own JSON.
-    return _checked("json_schema", json.dumps(schema), given, of, options)
+    return Guide("json_schema", json.dumps(schema), given, of, options or {}, part)
 
 
-def _whitespace(given: dict[str, object], name: str) -> dict[str, object]:
-    """Llguidance's options for what vLLM's say."""
+def _whitespace(given: dict[str, object], name: str) -> tuple[dict[str, object], Guide | None]:
+    """Llguidance's options for what vLLM's say, and the pattern among them."""
     for key in WHITESPACE.keys() & given.keys():
         _is(given[key], WHITESPACE[key], f"{name}: {key}")
     options: dict[str, object] = {}
+    part = None
     if "disable_any_whitespace" in given:
         options["whitespace_flexible"] = False
     if "whitespace_pattern" in given:
         pattern = str(given["whitespace_pattern"])
-        _checked("regex", pattern, pattern, f"{name}: whitespace_pattern")  # to say what is wrong
+        part = Guide("regex", pattern, pattern, f"{name}: whitespace_pattern")
         options["whitespace_pattern"] = pattern
-    return options
+    return options, part
 
 
-def _choice(choices: list[str], of: str) -> str:
+def _choice(choices: list[str], of: str) -> Guide:
     if not choices:
         raise _bad(f"{of}=[]", "the list is empty; give at least one string")
     # One terminal: as alternatives of a rule, some thousand would be too many for the parser.
     alternatives = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)
     alternatives = alternatives.replace("\x7f", r"\u007f")  # which JSON leaves, and Lark refuses
-    return _checked("lark", f"start: CHOICE\nCHOICE: {alternatives}\n", choices, of)
-
-
-def _checked(
-    kind: str, text: str, given: object, of: str, options: dict[str, object] | None = None
-) -> str:
-    """The serialised grammar, once the checker has compiled it."""
-    grammar, reason = _checker.check({"kind": kind, "text": text, "options": options or {}})
-    if reason:
-        raise _bad(f"{of}={short(given)}", _readable(reason))
-    return grammar
+    return Guide("lark", f"start: CHOICE\nCHOICE: {alternatives}\n", choices, of)
 
 
 def _check_size(text: str, of: str, most: int) -> None:

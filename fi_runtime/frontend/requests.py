@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from fi_runtime.config import RequestLimits
 from fi_runtime.frontend.chat import ChatTemplate, read_messages
 from fi_runtime.frontend.errors import RequestError
-from fi_runtime.frontend.guides import guide_of_tensorrt, guide_of_vllm
+from fi_runtime.frontend.guides import Guide, guide_of_tensorrt, guide_of_vllm
 from fi_runtime.frontend.knobs import Knobs, as_list, checkpoint_defaults, convert, read_knobs
 from fi_runtime.messages import EngineInfo, SamplingParams
 
@@ -90,7 +90,9 @@ class Request:
     echo: str
     """text to send before the output"""
     samples: list[SamplingParams]
-    """of each answer that was asked for"""
+    """of each answer that was asked for; with no guide yet"""
+    guide: Guide | None
+    """what each of them has to match"""
     stop: list[str]
     include_stop: bool
     """whether the stop string that ends an answer is part of it"""
@@ -157,6 +159,7 @@ def parse_request(
             msgspec.structs.replace(params, seed=(params.seed + number * SEED_STEP) % SEEDS)
             for number in range(knobs.n)
         ],
+        guide=_guide(knobs, limits.max_guide_bytes),
         stop=stop,
         include_stop=knobs.include_stop_str_in_output,
         skip_special_tokens=knobs.skip_special_tokens,
@@ -214,7 +217,6 @@ def _params(knobs: Knobs, flags: Flags, served: Served, room: int) -> SamplingPa
         presence_penalty=knobs.presence_penalty,
         frequency_penalty=knobs.frequency_penalty,
         logit_bias=knobs.logit_bias,
-        guide=_guide(knobs, served.limits.max_guide_bytes),
         bad_tokens=_bad_tokens(as_list(knobs.bad_words), served.tokenizer),
         stop_token_ids=tuple(knobs.stop_token_ids),
         end_ids=_end_ids(knobs.end_id),
@@ -231,8 +233,7 @@ def _end_ids(end_id: int | None) -> tuple[int, ...] | None:
     return () if end_id == -1 else (end_id,)
 
 
-def _guide(knobs: Knobs, most_bytes: int) -> str:
-    """What the answer has to match, in the form that the engine takes; empty for nothing."""
+def _guide(knobs: Knobs, most_bytes: int) -> Guide | None:
     guides = {
         "structured_outputs": guide_of_vllm(
             knobs.structured_outputs, "structured_outputs", most_bytes
@@ -242,10 +243,10 @@ def _guide(knobs: Knobs, most_bytes: int) -> str:
             knobs.guided_decoding_guide_type, knobs.guided_decoding_guide, most_bytes
         ),
     }
-    given = [name for name, guide in guides.items() if guide]
+    given = [name for name, guide in guides.items() if guide is not None]
     if len(given) > 1:
         raise RequestError("INVALID_ARG", f"{' and '.join(given)} are given; give one")
-    return guides[given[0]] or "" if given else ""
+    return guides[given[0]] if given else None
 
 
 def _bad_tokens(words: list[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:

@@ -1,12 +1,14 @@
 """The class that Triton's Python backend loads, and the threads behind it.
 
 ``execute`` is called on Triton's thread and hands requests to the engine while it has credit;
-"tokens" takes what the engine says and hands it to the "replies" threads, which make it text and
+"guides" compiles what answers have to match, and hands those requests over; "tokens" takes what
+the engine says and hands it to the "replies" threads, which make it text and
 send the responses, each those of its own requests; "cancellation" asks Triton five times a second
 which clients have gone; "drain" asks it whether it goes on. When the engine dies, "tokens" gets
 another one (``supervisor``).
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -14,12 +16,14 @@ import os
 import threading
 import time
 from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import msgspec
 import triton_python_backend_utils as pb
 
 from fi_runtime.config import MAX_INT32, ConfigError, Device, engine_config, split_parameters
@@ -33,7 +37,7 @@ from fi_runtime.frontend.refused import why_refused
 from fi_runtime.frontend.replies import Answer, Grouping
 from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.request_log import RequestRecord
-from fi_runtime.frontend.requests import Served, parse_request
+from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.frontend.supervisor import Supervisor
 from fi_runtime.messages import Abort, Generate, Output, encode
@@ -46,6 +50,8 @@ CANCELLATION_CHECK_S = 0.2
 STUB_END_S = 2.0
 DRAIN_END_S = 1.0
 """for an answer of the server's, which takes a tenth of a millisecond"""
+MAX_GUIDED = 8
+"""requests whose guides wait to be compiled; as many as leave Triton's queue together"""
 SENDERS = 3
 """threads that send: one mostly waits for the server to take a response, without Python's lock"""
 
@@ -54,11 +60,29 @@ SENDERS = 3
 class Waiting:
     """A request that Triton has handed over, and no engine has heard of."""
 
-    request: Any
     responder: Responder
-    arrived: float
-    """of time.monotonic"""
     deadline: Deadline
+
+
+@dataclass(frozen=True)
+class Arrival(Waiting):
+    """One that nobody has read."""
+
+    request: Any
+    """Triton's"""
+    at: float
+    """of time.monotonic"""
+
+
+@dataclass(frozen=True)
+class Submission(Waiting):
+    """One that the engine may have."""
+
+    request: Request
+    numbers: range
+    """of its samples"""
+    answer: Answer
+    times: RequestTimes
 
 
 @dataclass(frozen=True)
@@ -111,8 +135,9 @@ class TritonPythonModel:
         self._outboxes: list[SimpleQueue[list[Output]]] = [SimpleQueue() for _ in range(SENDERS)]
         """what the engine gave the requests of each sender; nothing at all asks it to look up"""
         self._next_outbox = itertools.cycle(self._outboxes)
-        self._waiting: deque[Waiting] = deque()
-        """what Triton handed over last; the thread that calls ``execute`` alone knows of it"""
+        self._guided: deque[Submission] = deque()
+        """what waits for its guide to be compiled; the first one may wait for credit instead"""
+        self._guided_changed = threading.Condition()
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
         senders = [
@@ -125,6 +150,7 @@ class TritonPythonModel:
         self._threads = [
             threading.Thread(target=self._receive, name="tokens", daemon=True),
             threading.Thread(target=self._watch, name="cancellation", daemon=True),
+            threading.Thread(target=self._guide, name="guides", daemon=True),
         ]
         self._drain_thread = threading.Thread(target=self._drain.watch, name="drain", daemon=True)
         self._drain_thread.start()
@@ -134,30 +160,30 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
-        self._waiting = deque(self._waiting_of(request) for request in requests)
-        while self._waiting:
-            responder = self._waiting[0].responder
-            try:
-                if not responder.has_ended:
-                    self._submit(self._waiting[0])
-            except RequestError as error:
-                responder.fail(error)
-            except Exception as error:
-                log.exception("a request failed")
-                responder.fail(_surprise(error))
-            self._waiting.popleft()
+        line = deque(self._arrival(request) for request in requests)
+        while line:
+            with _told_errors(line[0].responder):
+                if not line[0].responder.has_ended:
+                    submission = self._read(line[0])
+                    if submission.request.guide is None:
+                        self._submit(submission, line)
+                    else:
+                        self._hold(submission, line)
+            line.popleft()
 
-    def _waiting_of(self, request: Any) -> Waiting:
+    def _arrival(self, request: Any) -> Arrival:
         arrived = time.monotonic()
         record = RequestRecord(request.request_id(), arrived) if self._log_requests else None
         sender = request.get_response_sender()
         responder = Responder(sender, self._batched, self._why_refused, record)
         deadline = Deadline.of(arrived, self._served.limits.request_timeout_s, request.timeout())
-        return Waiting(request, responder, arrived, deadline)
+        return Arrival(responder, deadline, request, arrived)
 
     def finalize(self) -> None:
         """Leave the engine. Triton calls this when every request has had its last response."""
         self._closing.set()
+        with self._guided_changed:
+            self._guided_changed.notify_all()
         for thread in self._threads:
             thread.join()
         # RACE: what it asked last may never be answered by a server that unloads its model.
@@ -208,10 +234,10 @@ class TritonPythonModel:
         self._tokenizer = load_tokenizer(Path(link.info.tokenizer))
         self._served = Served.of(Path(config.checkpoint), self._tokenizer, link.info, config)
 
-    def _submit(self, waiting: Waiting) -> None:
-        request, responder, deadline = waiting.request, waiting.responder, waiting.deadline
-        tensors = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-        parameters = json.loads(request.parameters() or "{}")
+    def _read(self, arrival: Arrival) -> Submission:
+        """What a client has sent. One thread only."""
+        tensors = {tensor.name(): tensor.as_numpy() for tensor in arrival.request.inputs()}
+        parameters = json.loads(arrival.request.parameters() or "{}")
         parsed = parse_request(tensors, parameters, self._served)
         if parsed.flags.stream and not self._decoupled:
             raise RequestError(
@@ -221,21 +247,71 @@ class TritonPythonModel:
             )
         numbers = range(self._next_number, self._next_number + len(parsed.samples))
         self._next_number = numbers.stop
-        times = RequestTimes(waiting.arrived, len(parsed.prompt), len(parsed.samples))
-        if responder.record is not None:
-            responder.record.times = times
+        times = RequestTimes(arrival.at, len(parsed.prompt), len(parsed.samples))
+        if arrival.responder.record is not None:
+            arrival.responder.record.times = times
         answer = Answer(parsed, self._tokenizer, self._grouping)
+        return Submission(arrival.responder, arrival.deadline, parsed, numbers, answer, times)
+
+    def _hold(self, submission: Submission, line: Sequence[Waiting]) -> None:
+        """Leave a request with a guide to the thread that compiles; block while it has enough."""
+        has_room = False
+        while not has_room:
+            with self._guided_changed:
+                has_room = self._guided_changed.wait_for(
+                    lambda: len(self._guided) < MAX_GUIDED, CANCELLATION_CHECK_S
+                )
+                if has_room:
+                    self._guided.append(submission)
+                    self._guided_changed.notify_all()
+            if not has_room:
+                self._end_those_in_vain(line)
+
+    def _guide(self) -> None:
+        """Compile guides and hand those requests over, one by one, until the model is closed."""
+        while True:
+            with self._guided_changed:
+                self._guided_changed.wait_for(lambda: self._guided or self._closing.is_set())
+            if not self._guided:
+                return
+            submission = self._guided[0]
+            with _told_errors(submission.responder):
+                self._end_those_in_vain(self._guided)
+                guide = submission.request.guide
+                if not submission.responder.has_ended and guide is not None:
+                    self._submit(submission, self._guided, guide.compiled())
+            with self._guided_changed:
+                self._guided.popleft()
+                self._guided_changed.notify_all()
+
+    def _submit(self, submission: Submission, line: Sequence[Waiting], guide: str = "") -> None:
+        """Hand a request over to the engine, once there is room.
+
+        Args:
+            line: those that wait with it, itself first.
+            guide: in the form that the engine takes; empty for none.
+        """
+        responder, numbers = submission.responder, submission.numbers
         # A request that no engine has heard of is not hurt by an engine's death: it waits.
         has_credit = False
         while not has_credit:
-            link = self._await_engine()
+            link = self._await_engine(line)
+            prompt, samples = submission.request.prompt, submission.request.samples
             messages = [
-                encode(Generate(link.name, number, parsed.prompt, params))
-                for number, params in zip(numbers, parsed.samples, strict=True)
+                encode(
+                    Generate(link.name, number, prompt, msgspec.structs.replace(one, guide=guide))
+                )
+                for number, one in zip(numbers, samples, strict=True)
             ]
-            has_credit = self._await_credit(link)
+            has_credit = self._await_credit(link, line)
         in_flight = InFlight(
-            link, numbers, next(self._next_outbox), answer, responder, times, deadline
+            link,
+            numbers,
+            next(self._next_outbox),
+            submission.answer,
+            responder,
+            submission.times,
+            submission.deadline,
         )
         # Before the engine hears of them, since its answers come on another thread.
         # RACE: the engine may be lost by now; "cancellation" then ends the request.
@@ -243,7 +319,7 @@ class TritonPythonModel:
         for number, message in zip(numbers, messages, strict=True):
             if not has_credit:
                 try:
-                    if not self._await_credit(link):
+                    if not self._await_credit(link, line):
                         return
                 except RequestError as error:
                     self._end(in_flight, error)
@@ -255,17 +331,17 @@ class TritonPythonModel:
             if number not in self._in_flight:
                 link.send(encode(Abort(link.name, number)))
 
-    def _await_engine(self) -> EngineLink:
+    def _await_engine(self, line: Sequence[Waiting]) -> EngineLink:
         """Block until there is an engine."""
         while (link := self._supervisor.link).lost:
             # Asked once: another thread may meanwhile have found an engine.
             if reason := self._supervisor.gave_up:
                 raise RequestError("UNAVAILABLE", reason)
-            self._end_those_in_vain()
+            self._end_those_in_vain(line)
             time.sleep(CANCELLATION_CHECK_S)
         return link
 
-    def _await_credit(self, link: EngineLink) -> bool:
+    def _await_credit(self, link: EngineLink, line: Sequence[Waiting]) -> bool:
         """Block until the engine has room, which leaves all else to Triton's own queue.
 
         False if it is lost.
@@ -273,15 +349,16 @@ class TritonPythonModel:
         while not link.take_credit(CANCELLATION_CHECK_S):
             if link.lost:
                 return False
-            self._end_those_in_vain()
+            self._end_those_in_vain(line)
         return True
 
-    def _end_those_in_vain(self) -> None:
+    def _end_those_in_vain(self, line: Sequence[Waiting]) -> None:
         """End what waits in vain behind the request whose turn it is; raise if that one does."""
-        for waiting in itertools.islice(self._waiting, 1, None):
+        turn, *others = list(line)  # at once: another thread may add to it
+        for waiting in others:
             if (error := self._in_vain(waiting)) is not None:
                 waiting.responder.fail(error)
-        if (error := self._in_vain(self._waiting[0])) is not None:
+        if (error := self._in_vain(turn)) is not None:
             raise error
 
     def _in_vain(self, waiting: Waiting) -> RequestError | None:
@@ -402,6 +479,18 @@ class TritonPythonModel:
     def _requests(self) -> list[InFlight]:
         """Those in flight, each once."""
         return list({id(one): one for one in list(self._in_flight.values())}.values())
+
+
+@contextlib.contextmanager
+def _told_errors(responder: Responder) -> Iterator[None]:
+    """End a request with the error that it meets, which must not be the others'."""
+    try:
+        yield
+    except RequestError as error:
+        responder.fail(error)
+    except Exception as error:
+        log.exception("a request failed")
+        responder.fail(_surprise(error))
 
 
 def _surprise(error: Exception) -> RequestError:
