@@ -470,15 +470,22 @@ def test_guided_and_free_requests_share_batches(server: TritonServer, reference:
     assert set(results[1::3] + results[2::3]) == {"tied " + "x" * 20}
 
 
-def test_nothing_waits_for_a_guide_that_takes_long_to_compile(server: TritonServer) -> None:
-    """Each of these is worked on for half a second and then refused."""
-    knobs = sampling(structured_outputs={"regex": "(" * 5 + "a" + "{1000})" * 5})
+SLOW = {"regex": "(" * 5 + "a" + "{1000})" * 5}
+"""worked on for half a second and then refused"""
 
+
+def seconds_to_refuse(server: TritonServer, guide: dict[str, Any], match: str, **how: Any) -> float:
+    begin = time.monotonic()
+    with tritonclient.grpc.InferenceServerClient(server.grpc_url) as client:
+        inputs = {"text_input": "guided", "sampling_parameters": sampling(structured_outputs=guide)}
+        with pytest.raises(InferenceServerException, match=match):
+            client.infer("llm_unary", tensors_of(tritonclient.grpc, inputs), **how)
+    return time.monotonic() - begin
+
+
+def test_nothing_waits_for_a_guide_that_takes_long_to_compile(server: TritonServer) -> None:
     def slow() -> float:
-        begin = time.monotonic()
-        with pytest.raises(InferenceServerException, match="too complex"):
-            infer_grpc(server, text_input="slow", sampling_parameters=knobs)
-        return time.monotonic() - begin
+        return seconds_to_refuse(server, SLOW, "too complex")
 
     alone, took = slow(), []
     with ThreadPoolExecutor(4) as pool:  # more than there are front ends
@@ -489,6 +496,14 @@ def test_nothing_waits_for_a_guide_that_takes_long_to_compile(server: TritonServ
             took.append(time.monotonic() - begin)
     assert max(max(one.result()) for one in slow_ones) > 1.5 * alone, "they took turns"
     assert max(took) < alone, took
+
+
+def test_a_request_behind_slow_guides_ends_by_its_own_timeout(server: TritonServer) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        slow_ones = [pool.submit(seconds_to_refuse, server, SLOW, "too complex") for _ in range(10)]
+        time.sleep(0.2)
+        took = seconds_to_refuse(server, {"regex": "a{5}"}, "not done within 0.1 s", timeout=100000)
+    assert took < max(one.result() for one in slow_ones) / 2
 
 
 def test_bans_give_way_where_a_guide_leaves_no_choice(server: TritonServer) -> None:

@@ -276,7 +276,6 @@ class TritonPythonModel:
                 return
             submission = self._guided[0]
             with _told_errors(submission.responder):
-                self._end_those_in_vain(self._guided)
                 guide = submission.request.guide
                 if not submission.responder.has_ended and guide is not None:
                     self._submit(submission, self._guided, guide.compiled())
@@ -354,12 +353,14 @@ class TritonPythonModel:
 
     def _end_those_in_vain(self, line: Sequence[Waiting]) -> None:
         """End what waits in vain behind the request whose turn it is; raise if that one does."""
-        turn, *others = list(line)  # at once: another thread may add to it
-        for waiting in others:
+        self._end_those_behind(line)
+        if (error := self._in_vain(line[0])) is not None:
+            raise error
+
+    def _end_those_behind(self, line: Sequence[Waiting]) -> None:
+        for waiting in list(line)[1:]:  # copied, since other threads add to it
             if (error := self._in_vain(waiting)) is not None:
                 waiting.responder.fail(error)
-        if (error := self._in_vain(turn)) is not None:
-            raise error
 
     def _in_vain(self, waiting: Waiting) -> RequestError | None:
         """Why a request need wait no longer."""
@@ -463,6 +464,8 @@ class TritonPythonModel:
                 time.sleep(STUB_END_S)
                 remove_of_stub(os.getpid())
                 os._exit(1)
+            # The first has its turn, and is that thread's own.
+            self._end_those_behind(self._guided)
             for in_flight in self._requests():
                 link = in_flight.link
                 if link.lost:
@@ -472,7 +475,8 @@ class TritonPythonModel:
                     self._end(in_flight, self._ending())
                 elif (late := in_flight.deadline.error) is not None:
                     self._end(in_flight, late)
-                elif in_flight.responder.is_cancelled():
+                # RACE: one behind may have ended as its turn came; nobody waits for it either.
+                elif in_flight.responder.has_ended or in_flight.responder.is_cancelled():
                     for number in in_flight.numbers:
                         link.send(encode(Abort(link.name, number)))
 
