@@ -264,6 +264,14 @@ def test_the_cumulative_logprob_needs_the_engines_but_reports_none() -> None:
     assert parse(text_input="a", sampling_parameters='{"logprobs": 2}').logprobs
 
 
+@pytest.mark.parametrize(("given", "asked"), [("false", None), ("true", 1), ("0", 0)])
+def test_logprobs_may_be_a_truth_value(given: str, asked: int | None) -> None:
+    """As the OpenAI frontend has sent it with every chat."""
+    request = parse(text_input="a", sampling_parameters=f'{{"logprobs": {given}}}')
+    assert request.samples[0].logprobs == asked
+    assert request.logprobs == (asked is not None)
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -141,6 +141,8 @@ def read_knobs(
                 f"{of}unknown key {short(unknown[0])}; known are {', '.join(sorted(KNOBS))}",
             )
         given = {**inputs, **json}
+    if isinstance(given.get("logprobs"), bool):  # OpenAI's form, which vLLM takes as well
+        given["logprobs"] = 1 if given["logprobs"] else None
     for name, neutral in NEUTRAL.items():
         if name in given and not _asks_for_nothing(given[name], neutral):
             raise RequestError(
