@@ -146,6 +146,12 @@ def test_the_answer_is_cut_to_the_context() -> None:
     assert "100 tokens; at most 99" in message
 
 
+def test_without_a_seed_or_with_minus_one_any_is_drawn() -> None:
+    for knobs in ("{}", '{"seed": -1}', '{"seed": null}'):
+        seeds = {parse(text_input="a", sampling_parameters=knobs).samples[0].seed for _ in "12"}
+        assert len(seeds) == 2
+
+
 def test_any_seed_of_64_bits_is_taken() -> None:
     biggest = np.array([[(1 << 64) - 1]], dtype=np.uint64)
     parsed = parse_request({"text_input": tensor("a"), "seed": biggest}, {}, SERVED)
@@ -203,7 +209,7 @@ def test_any_seed_of_64_bits_is_taken() -> None:
         ({"text_input": "a", "sampling_parameters": "[1]"}, ["sampling_parameters", "JSON object"]),
         ({"text_input": "a", "sampling_parameters": "{"}, ["sampling_parameters", "JSON object"]),
         ({"text_input": "a", "sampling_parameters": "[" * 50_000}, ["JSON object"]),
-        ({"text_input": "a", "sampling_parameters": '{"seed": -1}'}, ["seed=-1", "2^64 - 1"]),
+        ({"text_input": "a", "sampling_parameters": '{"seed": -2}'}, ["seed=-2", "2^64 - 1"]),
         ({"text_input": "a", "sampling_parameters": '{"max_tokens": "x"}'}, ["max_tokens='x'"]),
         ({"text_input": "a", "sampling_parameters": '{"logprobs": 21}'}, ["logprobs=21", "<= 20"]),
         ({"text_input": "a", "sampling_parameters": '{"stop": [1]}'}, ["stop=[1]", "str"]),
@@ -233,12 +239,24 @@ def test_a_batch_in_one_request_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", ['{"best_of": 2}', '{"prompt_logprobs": 1}', '{"truncate_prompt_tokens": 5}']
+    "given",
+    [
+        '{"best_of": 2}',
+        '{"prompt_logprobs": 1}',
+        '{"truncate_prompt_tokens": 5}',
+        '{"flat_logprobs": true}',
+        '{"extra_args": {"a": 1}}',
+    ],
 )
 def test_known_features_that_are_missing_are_said_to_be(given: str) -> None:
     code, message = refused(text_input="a", sampling_parameters=given)
     assert code == "UNSUPPORTED"
     assert "is not supported" in message
+
+
+def test_features_that_are_missing_may_be_declined() -> None:
+    given = '{"best_of": 1, "prompt_logprobs": null, "flat_logprobs": false, "extra_args": null}'
+    assert parse(text_input="a", sampling_parameters=given).samples[0].max_tokens == 16
 
 
 def test_request_parameters_that_are_not_served_are_not_ignored() -> None:

@@ -69,6 +69,8 @@ NEUTRAL: dict[str, object] = {
     "detokenize": True,
     "truncate_prompt_tokens": None,
     "logits_processors": None,
+    "flat_logprobs": False,
+    "extra_args": None,
     "image": None,
     # TensorRT-LLM's
     "beam_width": 1,
@@ -157,8 +159,12 @@ def read_knobs(
             "INVALID_ARG",
             f"{of}min_tokens={knobs.min_tokens} is more than max_tokens={knobs.max_tokens}",
         )
+    if knobs.seed == -1:  # how vLLM's clients ask for any
+        knobs.seed = None
     if knobs.seed is not None and not 0 <= knobs.seed <= MAX_SEED:
-        raise RequestError("INVALID_ARG", f"{of}seed={knobs.seed}: Expected `int` in 0 to 2^64 - 1")
+        raise RequestError(
+            "INVALID_ARG", f"{of}seed={knobs.seed}: Expected `int` in 0 to 2^64 - 1, or -1 for any"
+        )
     return knobs
 
 
