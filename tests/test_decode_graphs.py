@@ -13,6 +13,7 @@ from fi_runtime.engine import capture
 from fi_runtime.engine.decode_graphs import padded_sizes
 from fi_runtime.engine.step_graphs import GraphSizes, padded_piece_counts, padded_token_counts
 from fi_runtime.engine.step_inputs import StepInputs
+from fi_runtime.upload import Ahead
 
 
 @given(st.integers(1, 4096))
@@ -81,3 +82,17 @@ def test_the_largest_is_captured_first_and_each_is_said_to_take_what_it_took(
     assert nbytes == {size: size for size in order}
     assert "capturing graphs: 1 of 3" in caplog.text
     assert "captured graphs of 1, 4, 16 in" in caplog.text
+
+
+def test_what_is_put_ahead_is_read_once_all_of_it_is_there() -> None:
+    ahead = Ahead(torch.device("cpu"))
+    first, second = ahead.twice(9000, torch.int32), ahead.twice(3, torch.int64)
+    for step in (1, 2):
+        with ahead.filling():
+            ahead.put(first, np.full(8500, step, dtype=np.int32))
+            second.put.fill_(step)
+            ahead.has(second)
+            for twice in first, second:
+                assert not (twice.read == step).any()
+        assert first.read[:8500].unique().tolist() == second.read.unique().tolist() == [step]
+        assert not first.read[8500:].any()

@@ -6,6 +6,7 @@ checked when the engine starts, since what it was told lies in a private attribu
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,18 @@ from fi_runtime.attention.base import (
     plain_kinds,
     spare_layout,
 )
-from fi_runtime.attention.workspace import Workspace, partial_bytes, plan_bytes
+from fi_runtime.attention.workspace import (
+    MIN_PLAN_BYTES,
+    Workspace,
+    partial_bytes,
+    plan_bytes,
+)
 from fi_runtime.cache.kv_cache import KVCache
 from fi_runtime.cache.pages import SPARE_PAGE
 from fi_runtime.config import Backend, ConfigError
 from fi_runtime.kernels.heads import Heads, Places, place
 from fi_runtime.kernels.library import flashinfer
-from fi_runtime.upload import upload, upload_to
+from fi_runtime.upload import Ahead, Twice, upload, upload_to
 
 log = logging.getLogger(__name__)
 
@@ -118,24 +124,38 @@ class FlashInferAttention:
 
         def workspaces(tokens: int) -> dict[AttentionKind, Workspace]:
             planned = plan_bytes(heads, shape.kv_heads, tokens, limits.captured)
-            return {kind: Workspace(partial, planned) for kind in dict.fromkeys(layers)}
+            return {
+                kind: Workspace(partial, torch.empty(planned, dtype=torch.uint8, device=device))
+                for kind in dict.fromkeys(layers)
+            }
 
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
         self._common = _Common(
             cache, dtype or cache.data.dtype, heads, layers, partial, tensor_cores, backend
         )
-        self._decode_workspaces = workspaces(limits.captured)
-        # Captured steps share it: positions; then the pages of sequences, those of padding, and
-        # those that prompts' tokens have each for itself, of which one is not full.
+        self.ahead = Ahead(device)
+        """what captured steps read is put there, of attention and of what else they take"""
+        # The pages of sequences, those of padding, and those that prompts' tokens have each for
+        # itself, of which one is not full.
         own = limits.page_numbers(shape.page_size)
         apart = APART_CONTEXT // shape.page_size + limits.captured if limits.rows else 0
-        self._graph_buffer = torch.zeros(
-            2 * limits.captured + own + apart, dtype=torch.int32, device=device
+        least = 0 if backend == "fa2" else MIN_PLAN_BYTES
+        self._captured = _Captured(
+            limits.captured,
+            partial,
+            {
+                kind: self.ahead.twice(
+                    plan_bytes(heads, shape.kv_heads, limits.captured, limits.captured, least),
+                    torch.uint8,
+                )
+                for kind in dict.fromkeys(layers)
+            },
+            self.ahead.twice(4 * limits.captured + 1 + own + apart, torch.int32),
         )
         library = flashinfer()
         self._decode = _Wrappers(
             self._common,
-            self._decode_workspaces,
+            workspaces(limits.captured),
             lambda: library.BatchDecodeWithPagedKVCacheWrapper(
                 partial, "NHD", use_tensor_cores=tensor_cores, backend=backend
             ),
@@ -192,10 +212,7 @@ class FlashInferAttention:
         Raises:
             ConfigError: its wrapper would run something else than it was told.
         """
-        first = self._limits.captured - sequences
-        attention = GraphDecodeAttention(
-            self._common, self._decode_workspaces, self._graph_buffer[first:], sequences
-        )
+        attention = GraphDecodeAttention(self._common, self.ahead, self._captured, sequences)
         self.runs["graph decode"] = attention.runs
         return attention
 
@@ -231,30 +248,88 @@ class GraphDecodeAttention:
     Fewer may be planned: the rest are padding, of one token each in the spare page.
 
     Args:
-        buffer: int32, where positions are put, and then page numbers: as many of both as a step
-            has at most.
+        ahead: what the buffers are of.
+        buffers: that steps of any size share.
         sequences: of each step.
     """
 
     def __init__(
-        self,
-        common: "_Common",
-        workspaces: dict[AttentionKind, Workspace],
-        buffer: torch.Tensor,
-        sequences: int,
+        self, common: "_Common", ahead: Ahead, buffers: "_Captured", sequences: int
     ) -> None:
+        self._common = common
+        self._ahead = ahead
         self._sequences = sequences
-        self._buffer = buffer
-        positions, pages = buffer[:sequences], buffer[sequences:]
-        starts = torch.zeros(sequences + 1, dtype=torch.int32, device=pages.device)
-        last = torch.ones(sequences, dtype=torch.int32, device=pages.device)
+        self._plans, self._layout = list(buffers.plans.values()), buffers.layout_of(sequences)
+        there, read = (_Layout(side, sequences) for side in self._layout)
+        self._places = Places(None, read.positions, read.starts, read.pages)
+        # One plans where the next step's is put; the other has been captured, and never plans
+        # again, since where in its workspace a plan has what depends on the sizes alone.
+        self._planning = buffers.wrappers(common, there, side=0)
+        self._running = buffers.wrappers(common, read, side=1)
+        layout = _pad(spare_layout([1], common.cache.shape.page_size), sequences)
+        with ahead.filling():
+            self._planning.plan(layout, there.pages[: len(layout.pages)])
+        self._running.plan(layout, read.pages[: len(layout.pages)])
+        self.plan(layout)
+        self.runs = self._running.check_backend("graph decode")
+        self._running.check_workspace(f"graph decode of {sequences} sequences", layout)
+
+    def plan(self, layout: StepLayout) -> None:
+        """Also before each replay: a replay with a stale plan reads the wrong keys."""
+        with self._ahead.filling():
+            self.put(layout)
+
+    def put(self, layout: StepLayout) -> None:
+        """``plan``, while ``ahead`` is being filled."""
+        padded = _pad(layout, self._sequences)
+        last = _last_page_lens(padded, self._common.cache.shape.page_size)
+        parts = (last, padded.page_starts, padded.context_lens - 1, padded.pages)
+        self._ahead.put(self._layout, np.concatenate(parts))
+        self._planning.plan_again(padded)
+        for plan in self._plans:
+            self._ahead.has(plan)
+
+    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
+        q = place(qkv, heads, self._places, self._common.cache.layer(layer))
+        return self._running.run(layer, q)
+
+
+class _Layout:
+    """Where captured steps of so many sequences have what: all int32, one after another."""
+
+    def __init__(self, whole: torch.Tensor, sequences: int) -> None:
+        parts = torch.split(
+            whole, [sequences, sequences + 1, sequences, len(whole) - 3 * sequences - 1]
+        )
+        self.last, self.starts, self.positions, self.pages = parts
+        """tokens in each one's last page; where the pages of each begin, and those of the last end;
+        the position of each one's token; the pages of all"""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """The buffers of captured steps of any size."""
+
+    sequences: int
+    """at most"""
+    partial: torch.Tensor
+    plans: dict[AttentionKind, Twice]
+    layout: Twice
+    """int32"""
+
+    def layout_of(self, sequences: int) -> Twice:
+        """Of steps of exactly so many: pages begin at the same place in any."""
+        return self.layout.after(3 * (self.sequences - sequences))
+
+    def wrappers(self, common: "_Common", layout: _Layout, side: int) -> "_Wrappers":
+        """That plan to, and run from, one side of the buffers."""
 
         def make() -> Any:
             wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
                 common.partial,
-                starts,
-                pages,
-                last,
+                layout.starts,
+                layout.pages,
+                layout.last,
                 "NHD",
                 use_tensor_cores=common.tensor_cores,
             )
@@ -262,26 +337,15 @@ class GraphDecodeAttention:
             wrapper._backend = common.backend
             return wrapper
 
-        self._wrappers = _Wrappers(common, workspaces, make)
-        self._common = common
-        # Each wrapper's plan fills the starts, alike.
-        self._places = Places(None, positions, starts, pages)
-        layout = spare_layout([1], common.cache.shape.page_size)
-        self.plan(layout)
-        self.runs = self._wrappers.check_backend("graph decode")
-        padded = _pad(layout, sequences)
-        self._wrappers.check_workspace(f"graph decode of {sequences} sequences", padded)
+        return _Wrappers(common, self._workspaces[side], make)
 
-    def plan(self, layout: StepLayout) -> None:
-        """Also before each replay: a replay with a stale plan reads the wrong keys."""
-        padded = _pad(layout, self._sequences)
-        upload_to(self._buffer, np.concatenate((padded.context_lens - 1, padded.pages)))
-        # They copy the pages to where they are already.
-        self._wrappers.plan(padded, self._places.pages[: len(padded.pages)])
-
-    def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
-        q = place(qkv, heads, self._places, self._common.cache.layer(layer))
-        return self._wrappers.run(layer, q)
+    @functools.cached_property
+    def _workspaces(self) -> list[dict[AttentionKind, Workspace]]:
+        """Of each side."""
+        return [
+            {kind: Workspace(self.partial, plan[side]) for kind, plan in self.plans.items()}
+            for side in (0, 1)
+        ]
 
 
 class PieceAttention:
@@ -379,6 +443,11 @@ class _Wrappers:
         for wrapper in self._of_kind.values():
             wrapper.plan(layout, pages)
 
+    def plan_again(self, layout: StepLayout) -> None:
+        """As ``_Wrapper``'s, of every one."""
+        for wrapper in self._of_kind.values():
+            wrapper.plan_again(layout)
+
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._of_layer[layer].run(layer, q, out)
 
@@ -414,6 +483,16 @@ class _Wrapper:
         arguments, options = self._arguments(layout, pages)
         with self._workspace.staged(self._wrapper):
             self._wrapper.plan(*arguments, **options)
+
+    def plan_again(self, layout: StepLayout) -> None:
+        """For other lengths, of a wrapper that decodes from buffers which already have the layout.
+
+        Its own ``plan`` looks for the longest of many sequences one by one, which takes longer than
+        all the rest.
+        """
+        arguments, options = self._arguments(layout, torch.from_numpy(layout.pages))
+        with self._workspace.staged(self._wrapper):
+            flashinfer().fast_decode_plan(self._wrapper, *arguments, **options)
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         result: torch.Tensor = self._wrapper.run(q, self._common.cache.layer(layer), out=out)

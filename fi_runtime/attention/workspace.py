@@ -21,15 +21,15 @@ class Workspace:
 
     Args:
         partial: for partial results; bytes, on the device.
-        plan_bytes: for a plan, on the device, and twice in pinned memory to copy it from.
+        plan: for a plan; bytes, on the device. Pinned memory has as many twice, to copy it from.
     """
 
-    def __init__(self, partial: torch.Tensor, plan_bytes: int) -> None:
+    def __init__(self, partial: torch.Tensor, plan: torch.Tensor) -> None:
         self.partial = partial
-        self.plan = torch.empty(plan_bytes, dtype=torch.uint8, device=partial.device)
+        self.plan = plan
         self._staging = [
             (
-                torch.empty(plan_bytes, dtype=torch.uint8, pin_memory=True),
+                torch.empty(plan.nbytes, dtype=torch.uint8, pin_memory=True),
                 torch.cuda.Event(),  # type: ignore[no-untyped-call]
             )
             for _ in range(2)
@@ -97,12 +97,14 @@ def partial_bytes(
     return _aligned(heads * rows * (head_dim + 1) * 4)
 
 
-def plan_bytes(heads: int, kv_heads: int, step_tokens: int, max_sequences: int) -> int:
+def plan_bytes(
+    heads: int, kv_heads: int, step_tokens: int, max_sequences: int, least: int = MIN_PLAN_BYTES
+) -> int:
     """Most bytes that a plan of FA2 takes: indices of each tile, each sequence and each token."""
     tiles = step_tokens * (heads // kv_heads) // 16 + 2 * max_sequences + 1024
-    return max(MIN_PLAN_BYTES, _aligned(16 * tiles + 8 * max_sequences + 4 * step_tokens))
+    return max(least, _aligned(16 * tiles + 8 * max_sequences + 4 * step_tokens, 16))
 
 
-def _aligned(size: int) -> int:
-    """With room for FlashInfer to align each part, in whole MiB."""
-    return ((size >> 20) + 1) << 20
+def _aligned(size: int, bits: int = 20) -> int:
+    """With room for FlashInfer to align each part, in whole MiB or 2^bits."""
+    return ((size >> bits) + 1) << bits

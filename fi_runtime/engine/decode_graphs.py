@@ -14,7 +14,10 @@ from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAtte
 from fi_runtime.engine.capture import capture_each
 from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.models import Decoder
-from fi_runtime.upload import upload_to
+from fi_runtime.upload import Ahead, Twice
+
+INPUTS = 7
+"""rows of 8 bytes a sequence that a step reads, beside what attention does"""
 
 
 class _Graph:
@@ -34,15 +37,16 @@ class _Graph:
         self._model = model
         self._attention = attention
         self._shared = shared
-        # What is uploaded for a step, all of 8 bytes: tokens, the slots that those chosen after
-        # them go to, the table of Draws, and their adapters if the model has any. Padding's tokens
-        # go to the spare slot.
-        device, rows = shared.logits.device, 8 if model.adapters else 7
-        self._inputs = torch.zeros((rows, sequences), dtype=torch.int64, device=device)
-        self._adapters = self._inputs[7] if model.adapters else None
-        self._inputs[1] = self._spare = len(shared.last_tokens) - 1
-        self._slots = TokenSlots(shared.last_tokens, self._inputs[1])
-        self._draws = Draws.of(self._inputs[2:7].view(torch.float64))
+        # Tokens, the slots that those chosen after them go to, the table of Draws, and their
+        # adapters if the model has any. Padding's tokens go to the spare slot.
+        rows = INPUTS + bool(model.adapters)
+        self._rows = rows, sequences
+        inputs = shared.inputs.read[: rows * sequences].view(self._rows)
+        self._tokens = inputs[0]
+        self._adapters = inputs[INPUTS] if model.adapters else None
+        inputs[1] = self._spare = len(shared.last_tokens) - 1
+        self._slots = TokenSlots(shared.last_tokens, inputs[1])
+        self._draws = Draws.of(inputs[2:INPUTS].view(torch.float64))
         self._logits = shared.logits[:sequences]
         self._forward, self._drawn = self._capture(self._compute)
         self._forward.replay()  # logits to try the filters with
@@ -60,8 +64,8 @@ class _Graph:
         return graph, result
 
     def _compute(self) -> torch.Tensor:
-        tokens, last_tokens = self._inputs[0], self._shared.last_tokens
-        hidden = self._model(tokens, last_tokens, self._attention, self._adapters)
+        last_tokens = self._shared.last_tokens
+        hidden = self._model(self._tokens, last_tokens, self._attention, self._adapters)
         self._model.logits(hidden, self._logits)
         return self._choose(False)
 
@@ -77,14 +81,15 @@ class _Graph:
         adapters: Int64s | None,
     ) -> torch.Tensor:
         count = len(tokens)
-        inputs = np.zeros(self._inputs.shape, dtype=np.int64)
+        inputs = np.zeros(self._rows, dtype=np.int64)
         inputs[0, :count], inputs[1, :count] = tokens, slots
         inputs[1, count:] = self._spare
-        inputs[2:7, :count] = draws.numpy().view(np.int64)
+        inputs[2:INPUTS, :count] = draws.numpy().view(np.int64)
         if adapters is not None:
-            inputs[7, :count] = adapters
-        upload_to(self._inputs, inputs)
-        self._attention.plan(layout)
+            inputs[INPUTS, :count] = adapters
+        with self._shared.ahead.filling():
+            self._shared.ahead.put(self._shared.inputs, inputs.ravel())
+            self._attention.put(layout)
         self._forward.replay()
         return self._logits[:count]
 
@@ -103,6 +108,9 @@ class _Shared:
     """(the most sequences, vocab): the largest tensor of a step by far"""
     last_tokens: torch.Tensor
     scratch: torch.Tensor
+    ahead: Ahead
+    inputs: Twice
+    """int64"""
     pool: Any
 
 
@@ -124,10 +132,13 @@ class DecodeGraphs:
     ) -> None:
         self._sizes = sizes
         table, vocab = model.embedding, len(model.head.weight)
+        rows = INPUTS + bool(model.adapters)
         shared = _Shared(
             logits=torch.empty((sizes[-1], vocab), dtype=table.dtype, device=table.device),
             last_tokens=last_tokens,
             scratch=scratch_for(sizes[-1], table.device),
+            ahead=attention.ahead,
+            inputs=attention.ahead.twice(rows * sizes[-1], torch.int64),
             pool=torch.cuda.graph_pool_handle(),
         )
 

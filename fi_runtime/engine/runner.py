@@ -61,6 +61,9 @@ class Runner:
         self._graphs = graphs or StepGraphs()
         self._batches = Batches(len(last_tokens) - 1, page_size)
         self._last_tokens = last_tokens
+        self._downloads = None
+        if self._device.type == "cuda":
+            self._downloads = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     @property
     def runs_ahead(self) -> bool:
@@ -99,7 +102,7 @@ class Runner:
             sequences,
             batch.looks_back,
             dead_ends,
-            Download(chosen),
+            Download(chosen, self._downloads),
             sampler.logprobs(logits, chosen, batch.logprobs),
         )
 
