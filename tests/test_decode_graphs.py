@@ -85,14 +85,18 @@ def test_the_largest_is_captured_first_and_each_is_said_to_take_what_it_took(
 
 
 def test_what_is_put_ahead_is_read_once_all_of_it_is_there() -> None:
-    ahead = Ahead(torch.device("cpu"))
-    first, second = ahead.twice(9000, torch.int32), ahead.twice(3, torch.int64)
-    for step in (1, 2):
-        with ahead.filling():
-            ahead.put(first, np.full(8500, step, dtype=np.int32))
-            second.put.fill_(step)
-            ahead.has(second)
-            for twice in first, second:
-                assert not (twice.read == step).any()
-        assert first.read[:8500].unique().tolist() == second.read.unique().tolist() == [step]
-        assert not first.read[8500:].any()
+    ahead = Ahead(torch.device("cpu"), plans=[100, 7], inputs=3, layout=50)
+    for step in (1, 2, 3):
+        with ahead.filling() as staging:
+            staging.inputs.fill_(step)
+            staging.layout[:20] = step
+            staging.layout_words = 20
+            for plan in ahead.plans:
+                plan.put.fill_(step)
+            for part in (ahead.inputs, ahead.layout, *ahead.plans):
+                assert not (part.read == step).any()
+        for read in (ahead.inputs.read, ahead.layout.read[:20], *(p.read for p in ahead.plans)):
+            assert read.unique().tolist() == [step]
+        assert not ahead.layout.read[20:].any()
+    assert ahead.inputs.read.dtype == torch.int64
+    assert len(ahead.layout.read) == 50

@@ -129,9 +129,8 @@ class Graph(Wrapper):
         super().plan(*self.buffers, *shape, **options)
 
     def plan_again(self, *given: Any, **options: Any) -> None:
-        """As ``plan``, but for what is in the buffers, which has to be what is given."""
-        assert all(torch.equal(b[: len(g)], g) for b, g in zip(self.buffers, given, strict=False))
-        super().plan(*self.buffers, *given[3:], **options)
+        """For what the buffers will have: only another wrapper runs from it."""
+        super().plan(*given, **options)
 
 
 @pytest.fixture(autouse=True)

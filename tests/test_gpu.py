@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -27,7 +26,7 @@ from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import Engine, Generation
 from fi_runtime.engine.decode_graphs import padded_sizes
-from fi_runtime.engine.download import Download
+from fi_runtime.engine.download import token_downloads
 from fi_runtime.engine.sampler import filters
 from fi_runtime.kernels.activation import silu_and_mul, silu_and_mul_reference
 from fi_runtime.kernels.embedding import embed, embed_reference
@@ -378,18 +377,22 @@ def test_plans_may_run_ahead_of_the_gpu() -> None:
 
 def test_what_is_put_ahead_and_fetched_behind_is_each_steps_own() -> None:
     """While the GPU is far behind; ``read`` is overwritten as soon as a copy of it is queued."""
-    device, stream = torch.device("cuda"), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    ahead = Ahead(device)
-    twice = ahead.twice(20_000, torch.int64)
-    busy, downloads = torch.randn(8192, 8192, device="cuda"), []
-    for step in range(1, 7):
+    ahead = Ahead(torch.device("cuda"), plans=[1000], inputs=20_000, layout=30_000)
+    places = token_downloads(20_000, torch.device("cuda"))
+    busy, found = torch.randn(8192, 8192, device="cuda"), []
+    for step in range(1, 13):
         busy = busy @ busy * 1e-4
-        with ahead.filling():
-            ahead.put(twice, np.full(20_000, step))
-        downloads.append(Download(twice.read, stream))
-    assert not torch.cuda.current_stream().query(), "the host is ahead"
-    for step, download in enumerate(downloads, 1):
-        assert download.wait().unique().tolist() == [step]
+        with ahead.filling() as staging:
+            staging.inputs.fill_(step)
+            staging.layout.fill_(step)
+            staging.layout_words = 30_000
+        place = places[step % len(places)].start(ahead.inputs.read[:20_000])
+        found.append((step, ahead.layout.read.clone(), place))
+        if len(found) == 2:
+            assert not torch.cuda.current_stream().query(), "the host is ahead"
+            first, layout, place = found.pop(0)
+            assert place.wait().unique().tolist() == [first]
+            assert layout.unique().tolist() == [first]
 
 
 def test_every_wrapper_runs_fa2_and_another_choice_is_loud(

@@ -6,11 +6,10 @@ checked when the engine starts, since what it was told lies in a private attribu
 """
 
 import contextlib
-import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ from fi_runtime.cache.pages import SPARE_PAGE
 from fi_runtime.config import Backend, ConfigError
 from fi_runtime.kernels.heads import Heads, Places, place
 from fi_runtime.kernels.library import flashinfer
-from fi_runtime.upload import Ahead, Twice, upload, upload_to
+from fi_runtime.upload import Ahead, Staging, upload, upload_to
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +56,10 @@ def check_head_dim(head_dim: int) -> None:
             f"head_dim={head_dim}: FlashInfer's FA2 kernels are for "
             f"{', '.join(map(str, HEAD_DIMS))}; such a model runs on the CPU only (KIND_CPU)"
         )
+
+
+INPUTS = 8
+"""words of 8 bytes for each sequence of a captured step, for what else it reads"""
 
 
 @dataclass(frozen=True)
@@ -133,25 +136,21 @@ class FlashInferAttention:
         self._common = _Common(
             cache, dtype or cache.data.dtype, heads, layers, partial, tensor_cores, backend
         )
-        self.ahead = Ahead(device)
-        """what captured steps read is put there, of attention and of what else they take"""
         # The pages of sequences, those of padding, and those that prompts' tokens have each for
         # itself, of which one is not full.
         own = limits.page_numbers(shape.page_size)
         apart = APART_CONTEXT // shape.page_size + limits.captured if limits.rows else 0
         least = 0 if backend == "fa2" else MIN_PLAN_BYTES
-        self._captured = _Captured(
-            limits.captured,
-            partial,
-            {
-                kind: self.ahead.twice(
-                    plan_bytes(heads, shape.kv_heads, limits.captured, limits.captured, least),
-                    torch.uint8,
-                )
-                for kind in dict.fromkeys(layers)
-            },
-            self.ahead.twice(4 * limits.captured + 1 + own + apart, torch.int32),
+        planned = plan_bytes(heads, shape.kv_heads, limits.captured, limits.captured, least)
+        kinds_of_layers = list(dict.fromkeys(layers))
+        self.ahead = Ahead(
+            device,
+            plans=[planned] * len(kinds_of_layers),
+            inputs=INPUTS * limits.captured,
+            layout=4 * limits.captured + 1 + own + apart,
         )
+        """what captured steps read is put there: of attention, and ``INPUTS`` words a sequence"""
+        self._captured = _Captured(limits.captured, partial, kinds_of_layers, self.ahead)
         library = flashinfer()
         self._decode = _Wrappers(
             self._common,
@@ -212,7 +211,7 @@ class FlashInferAttention:
         Raises:
             ConfigError: its wrapper would run something else than it was told.
         """
-        attention = GraphDecodeAttention(self._common, self.ahead, self._captured, sequences)
+        attention = GraphDecodeAttention(self._common, self._captured, sequences)
         self.runs["graph decode"] = attention.runs
         return attention
 
@@ -248,85 +247,119 @@ class GraphDecodeAttention:
     Fewer may be planned: the rest are padding, of one token each in the spare page.
 
     Args:
-        ahead: what the buffers are of.
         buffers: that steps of any size share.
         sequences: of each step.
     """
 
-    def __init__(
-        self, common: "_Common", ahead: Ahead, buffers: "_Captured", sequences: int
-    ) -> None:
+    def __init__(self, common: "_Common", buffers: "_Captured", sequences: int) -> None:
         self._common = common
-        self._ahead = ahead
+        self.ahead = buffers.ahead
         self._sequences = sequences
-        self._plans, self._layout = list(buffers.plans.values()), buffers.layout_of(sequences)
-        there, read = (_Layout(side, sequences) for side in self._layout)
+        self._first = buffers.first_of(sequences)
+        there, read = (_Layout.of(side[self._first :], sequences) for side in self.ahead.layout)
+        self._staged = [
+            _Layout.of(staging.layout[self._first :], sequences) for staging in self.ahead.stagings
+        ]
+        self._arrays = [[part.numpy() for part in staged] for staged in self._staged]
+        self._padding = np.arange(1, sequences + 1, dtype=np.int32)
         self._places = Places(None, read.positions, read.starts, read.pages)
         # One plans where the next step's is put; the other has been captured, and never plans
         # again, since where in its workspace a plan has what depends on the sizes alone.
         self._planning = buffers.wrappers(common, there, side=0)
         self._running = buffers.wrappers(common, read, side=1)
-        layout = _pad(spare_layout([1], common.cache.shape.page_size), sequences)
-        with ahead.filling():
-            self._planning.plan(layout, there.pages[: len(layout.pages)])
-        self._running.plan(layout, read.pages[: len(layout.pages)])
-        self.plan(layout)
+        spare = _pad(spare_layout([1], common.cache.shape.page_size), sequences)
+        with self.ahead.filling() as staging:
+            self._write(spare, staging)
+            self._planning.plan(spare, there.pages[:sequences], staging.turn)
+        self._running.plan(spare, read.pages[:sequences])
+        self.plan(spare)
         self.runs = self._running.check_backend("graph decode")
-        self._running.check_workspace(f"graph decode of {sequences} sequences", layout)
+        self._running.check_workspace(f"graph decode of {sequences} sequences", spare)
 
     def plan(self, layout: StepLayout) -> None:
         """Also before each replay: a replay with a stale plan reads the wrong keys."""
-        with self._ahead.filling():
-            self.put(layout)
+        with self.ahead.filling() as staging:
+            self.put(layout, staging)
 
-    def put(self, layout: StepLayout) -> None:
+    def put(self, layout: StepLayout, staging: Staging) -> None:
         """``plan``, while ``ahead`` is being filled."""
-        padded = _pad(layout, self._sequences)
-        last = _last_page_lens(padded, self._common.cache.shape.page_size)
-        parts = (last, padded.page_starts, padded.context_lens - 1, padded.pages)
-        self._ahead.put(self._layout, np.concatenate(parts))
-        self._planning.plan_again(padded)
-        for plan in self._plans:
-            self._ahead.has(plan)
+        self._write(layout, staging)
+        self._planning.plan_again(self._staged[staging.turn], staging.turn)
+
+    def _write(self, layout: StepLayout, staging: Staging) -> None:
+        last, starts, positions, pages = self._arrays[staging.turn]
+        count, used = len(layout.context_lens), len(layout.pages)
+        missing = self._sequences - count
+        positions[:count] = layout.context_lens
+        positions[:count] -= 1
+        np.remainder(positions[:count], self._common.cache.shape.page_size, out=last[:count])
+        last[:count] += 1
+        starts[: count + 1] = layout.page_starts
+        pages[:used] = layout.pages
+        if missing:
+            last[count:], positions[count:] = 1, 0
+            starts[count + 1 :] = self._padding[:missing] + used
+            pages[used : used + missing] = SPARE_PAGE
+        staging.layout_words = self._first + 3 * self._sequences + 1 + used + missing
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         q = place(qkv, heads, self._places, self._common.cache.layer(layer))
         return self._running.run(layer, q)
 
 
-class _Layout:
-    """Where captured steps of so many sequences have what: all int32, one after another."""
+class _Layout(NamedTuple):
+    """What a captured step reads of its layout, int32; see ``StepLayout``."""
 
-    def __init__(self, whole: torch.Tensor, sequences: int) -> None:
-        parts = torch.split(
-            whole, [sequences, sequences + 1, sequences, len(whole) - 3 * sequences - 1]
-        )
-        self.last, self.starts, self.positions, self.pages = parts
-        """tokens in each one's last page; where the pages of each begin, and those of the last end;
-        the position of each one's token; the pages of all"""
+    last: torch.Tensor
+    """(sequences,): tokens in each one's last page"""
+    starts: torch.Tensor
+    """(sequences + 1,): where the pages of each begin, and those of the last end"""
+    positions: torch.Tensor
+    """(sequences,): of each one's token"""
+    pages: torch.Tensor
+    """of all"""
+
+    @classmethod
+    def of(cls, whole: torch.Tensor, sequences: int) -> "_Layout":
+        """They lie one after another."""
+        sizes = [sequences, sequences + 1, sequences]
+        return cls(*torch.split(whole, [*sizes, len(whole) - sum(sizes)]))
 
 
-@dataclass(frozen=True)
 class _Captured:
-    """The buffers of captured steps of any size."""
+    """The buffers of captured steps of any size.
 
-    sequences: int
-    """at most"""
-    partial: torch.Tensor
-    plans: dict[AttentionKind, Twice]
-    layout: Twice
-    """int32"""
+    Args:
+        sequences: of a step at most.
+        partial: for partial results.
+        kinds: of attention, each once.
+        ahead: has a plan for each.
+    """
 
-    def layout_of(self, sequences: int) -> Twice:
-        """Of steps of exactly so many: pages begin at the same place in any."""
-        return self.layout.after(3 * (self.sequences - sequences))
+    def __init__(
+        self, sequences: int, partial: torch.Tensor, kinds: Sequence[AttentionKind], ahead: Ahead
+    ) -> None:
+        self.ahead = ahead
+        self._sequences = sequences
+        self._partial = partial
+        self._workspaces = [
+            {
+                kind: Workspace(partial, plan[side])
+                for kind, plan in zip(kinds, ahead.plans, strict=True)
+            }
+            for side in (0, 1)
+        ]
+
+    def first_of(self, sequences: int) -> int:
+        """Where the layout of so many begins: pages do at the same place in any."""
+        return 3 * (self._sequences - sequences)
 
     def wrappers(self, common: "_Common", layout: _Layout, side: int) -> "_Wrappers":
         """That plan to, and run from, one side of the buffers."""
 
         def make() -> Any:
             wrapper = flashinfer().CUDAGraphBatchDecodeWithPagedKVCacheWrapper(
-                common.partial,
+                self._partial,
                 layout.starts,
                 layout.pages,
                 layout.last,
@@ -338,14 +371,6 @@ class _Captured:
             return wrapper
 
         return _Wrappers(common, self._workspaces[side], make)
-
-    @functools.cached_property
-    def _workspaces(self) -> list[dict[AttentionKind, Workspace]]:
-        """Of each side."""
-        return [
-            {kind: Workspace(self.partial, plan[side]) for kind, plan in self.plans.items()}
-            for side in (0, 1)
-        ]
 
 
 class PieceAttention:
@@ -438,15 +463,15 @@ class _Wrappers:
         }
         self._of_layer = [self._of_kind[kind] for kind in common.kinds]
 
-    def plan(self, layout: StepLayout, pages: torch.Tensor) -> None:
+    def plan(self, layout: StepLayout, pages: torch.Tensor, turn: int | None = None) -> None:
         """``pages``: the layout's, on the device; a copy from the host would be waited for."""
         for wrapper in self._of_kind.values():
-            wrapper.plan(layout, pages)
+            wrapper.plan(layout, pages, turn)
 
-    def plan_again(self, layout: StepLayout) -> None:
+    def plan_again(self, layout: "_Layout", turn: int) -> None:
         """As ``_Wrapper``'s, of every one."""
         for wrapper in self._of_kind.values():
-            wrapper.plan_again(layout)
+            wrapper.plan_again(layout, turn)
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return self._of_layer[layer].run(layer, q, out)
@@ -473,26 +498,42 @@ class _Wrapper:
         prefill: bool,
     ) -> None:
         self._common = common
-        self._kind = kind
         self._workspace = workspace
         self._wrapper = wrapper
         self._prefill = prefill
         self._workspace.share_with(wrapper)
+        shape = common.cache.shape
+        self._shape = (common.heads, shape.kv_heads, shape.head_dim, shape.page_size)
+        self._options: dict[str, Any] = {
+            "q_data_type": common.dtype,
+            "kv_data_type": common.cache.data.dtype,
+            # It counts those before a token only, and knows no window as -1.
+            "window_left": (kind.window or 0) - 1,
+            "logits_soft_cap": kind.soft_cap,
+            "sm_scale": kind.scale,
+        }
 
-    def plan(self, layout: StepLayout, pages: torch.Tensor) -> None:
+    def plan(self, layout: StepLayout, pages: torch.Tensor, turn: int | None = None) -> None:
+        """``turn``: as ``Workspace.staged`` takes it."""
         arguments, options = self._arguments(layout, pages)
-        with self._workspace.staged(self._wrapper):
+        with self._workspace.staged(self._wrapper, turn):
             self._wrapper.plan(*arguments, **options)
 
-    def plan_again(self, layout: StepLayout) -> None:
-        """For other lengths, of a wrapper that decodes from buffers which already have the layout.
+    def plan_again(self, layout: "_Layout", turn: int) -> None:
+        """For other lengths, on the host, of a wrapper that decodes from buffers which get them.
 
         Its own ``plan`` looks for the longest of many sequences one by one, which takes longer than
         all the rest.
         """
-        arguments, options = self._arguments(layout, torch.from_numpy(layout.pages))
-        with self._workspace.staged(self._wrapper):
-            flashinfer().fast_decode_plan(self._wrapper, *arguments, **options)
+        with self._workspace.staged(self._wrapper, turn):
+            flashinfer().fast_decode_plan(
+                self._wrapper,
+                layout.starts,
+                layout.pages,
+                layout.last,
+                *self._shape,
+                **self._options,
+            )
 
     def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         result: torch.Tensor = self._wrapper.run(q, self._common.cache.layer(layer), out=out)
@@ -528,25 +569,13 @@ class _Wrapper:
     def _arguments(
         self, layout: StepLayout, pages: torch.Tensor
     ) -> tuple[list[Any], dict[str, Any]]:
-        shape = self._common.cache.shape
         arguments = [
             torch.from_numpy(layout.page_starts),
             pages,
-            torch.from_numpy(_last_page_lens(layout, shape.page_size)),
-            self._common.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.page_size,
+            torch.from_numpy(_last_page_lens(layout, self._common.cache.shape.page_size)),
+            *self._shape,
         ]
-        kind = self._kind
-        options: dict[str, Any] = {
-            "q_data_type": self._common.dtype,
-            "kv_data_type": self._common.cache.data.dtype,
-            # It counts those before a token only, and knows no window as -1.
-            "window_left": (kind.window or 0) - 1,
-            "logits_soft_cap": kind.soft_cap,
-            "sm_scale": kind.scale,
-        }
+        options = dict(self._options)
         if self._prefill:
             arguments.insert(0, torch.from_numpy(layout.query_starts))
             options["causal"] = True

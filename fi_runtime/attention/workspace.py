@@ -49,13 +49,20 @@ class Workspace:
         wrapper.reset_workspace_buffer(self.partial, self.plan)
 
     @contextlib.contextmanager
-    def staged(self, wrapper: Any) -> Iterator[None]:
+    def staged(self, wrapper: Any, turn: int | None = None) -> Iterator[None]:
         """Let a wrapper plan within this context.
 
         RACE: planning fills a pinned buffer at once and only queues its copy to the device. The
         next plan must not fill the same one while that copy waits behind a step that still runs:
         two buffers take turns, and each waits for its own last copy, one step back.
+
+        Args:
+            turn: 0 or 1, of the buffer, if the caller has seen to all that.
         """
+        if turn is not None:
+            wrapper._pin_memory_int_workspace_buffer = self._staging[turn][0]
+            yield
+            return
         self._staging.reverse()
         buffer, copied = self._staging[0]
         copied.synchronize()

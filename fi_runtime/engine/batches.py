@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 
 from fi_runtime.attention.base import Int32s, Int64s, StepLayout, starts
+from fi_runtime.engine import sampler
 from fi_runtime.engine.sequence import Chunk, Sequence
 from fi_runtime.engine.slots import Slots
 
@@ -29,7 +30,9 @@ class Batch:
     indices: npt.NDArray[np.uint64]
     """(sequences,), of the token in each one's output"""
     draws: torch.Tensor
-    """of ``sampler.draws_of``"""
+    """of ``sampler.draws_of``; the next batch's, too, once that has been made"""
+    filtered: bool
+    """whether any sequence has a top_k, top_p or min_p"""
     decodes: bool
     """whether each sequence computes one token and gets one"""
     looks_back: bool
@@ -55,6 +58,10 @@ class Batches:
         """its sequences, as they were scheduled"""
         self._views: list[Int32s] = []
         """the pages of each, in its order"""
+        self._seeds = np.zeros(0, dtype=np.uint64)
+        """of each"""
+        self._following: Int64s = np.zeros(0, dtype=np.int64)
+        """the token that each gets, as ``embed`` takes it"""
 
     def of(self, chunks: list[Chunk]) -> Batch:
         """The batch of a step, which is launched before that of the next is asked for.
@@ -83,12 +90,12 @@ class Batches:
                 self._views[row] = self._slots.pages(last.sequences[row], int(page_counts[row]))
             page_starts, pages = starts(page_counts), np.concatenate(self._views)
         indices = last.indices + np.uint64(1)
+        last.draws.numpy()[-1] = sampler.keys(self._seeds, indices).view(np.float64)
         return replace(
             last,
             layout=StepLayout(last.layout.query_starts, contexts, page_starts, pages),
-            tokens=-1 - last.slots,
+            tokens=self._following,
             indices=indices,
-            draws=self._slots.draws(last.slots, indices),
         )
 
     def _new(self, chunks: list[Chunk]) -> Batch:
@@ -118,6 +125,9 @@ class Batches:
         slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
         # Of the tokens to come, those pending counted.
         indices = np.array([one.length - one.prompt_length for one in sequences], dtype=np.uint64)
+        knobs, self._seeds = self._slots.drawing(slots)
+        draws = sampler.draws_of(knobs, self._seeds, indices)
+        self._following = -1 - slots
         return Batch(
             layout=layout,
             tokens=np.array(tokens, dtype=np.int64),
@@ -126,7 +136,8 @@ class Batches:
             last_rows=(query_starts[1:] - 1)[completes].astype(np.int64),
             slots=slots,
             indices=indices,
-            draws=self._slots.draws(slots, indices),
+            draws=draws,
+            filtered=sampler.filters(draws),
             decodes=len(tokens) == len(chunks) == len(sequences),
             looks_back=any(sequence.looks_back for sequence in sequences),
             logprobs=[sequence.params.logprobs for sequence in sequences],

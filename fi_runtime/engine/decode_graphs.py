@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout
-from fi_runtime.attention.flashinfer import FlashInferAttention, GraphDecodeAttention
+from fi_runtime.attention.flashinfer import (
+    INPUTS,
+    FlashInferAttention,
+    GraphDecodeAttention,
+)
 from fi_runtime.engine.capture import capture_each
 from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.models import Decoder
-from fi_runtime.upload import Ahead, Twice
-
-INPUTS = 7
-"""rows of 8 bytes a sequence that a step reads, beside what attention does"""
 
 
 class _Graph:
@@ -39,14 +39,17 @@ class _Graph:
         self._shared = shared
         # Tokens, the slots that those chosen after them go to, the table of Draws, and their
         # adapters if the model has any. Padding's tokens go to the spare slot.
-        rows = INPUTS + bool(model.adapters)
-        self._rows = rows, sequences
-        inputs = shared.inputs.read[: rows * sequences].view(self._rows)
+        ahead = attention.ahead
+        inputs = ahead.inputs.read[: INPUTS * sequences].view(INPUTS, sequences)
+        self._staged = [
+            staging.inputs[: INPUTS * sequences].view(INPUTS, sequences).numpy()
+            for staging in ahead.stagings
+        ]
         self._tokens = inputs[0]
-        self._adapters = inputs[INPUTS] if model.adapters else None
+        self._adapters = inputs[7] if model.adapters else None
         inputs[1] = self._spare = len(shared.last_tokens) - 1
         self._slots = TokenSlots(shared.last_tokens, inputs[1])
-        self._draws = Draws.of(inputs[2:INPUTS].view(torch.float64))
+        self._draws = Draws.of(inputs[2:7].view(torch.float64))
         self._logits = shared.logits[:sequences]
         self._forward, self._drawn = self._capture(self._compute)
         self._forward.replay()  # logits to try the filters with
@@ -81,15 +84,14 @@ class _Graph:
         adapters: Int64s | None,
     ) -> torch.Tensor:
         count = len(tokens)
-        inputs = np.zeros(self._rows, dtype=np.int64)
-        inputs[0, :count], inputs[1, :count] = tokens, slots
-        inputs[1, count:] = self._spare
-        inputs[2:INPUTS, :count] = draws.numpy().view(np.int64)
-        if adapters is not None:
-            inputs[INPUTS, :count] = adapters
-        with self._shared.ahead.filling():
-            self._shared.ahead.put(self._shared.inputs, inputs.ravel())
-            self._attention.put(layout)
+        with self._attention.ahead.filling() as staging:
+            inputs = self._staged[staging.turn]
+            inputs[0, :count], inputs[1, :count] = tokens, slots
+            inputs[2:7, :count] = draws.numpy().view(np.int64)
+            inputs[7, :count] = 0 if adapters is None else adapters
+            inputs[:, count:] = 0
+            inputs[1, count:] = self._spare
+            self._attention.put(layout, staging)
         self._forward.replay()
         return self._logits[:count]
 
@@ -108,9 +110,6 @@ class _Shared:
     """(the most sequences, vocab): the largest tensor of a step by far"""
     last_tokens: torch.Tensor
     scratch: torch.Tensor
-    ahead: Ahead
-    inputs: Twice
-    """int64"""
     pool: Any
 
 
@@ -132,13 +131,10 @@ class DecodeGraphs:
     ) -> None:
         self._sizes = sizes
         table, vocab = model.embedding, len(model.head.weight)
-        rows = INPUTS + bool(model.adapters)
         shared = _Shared(
             logits=torch.empty((sizes[-1], vocab), dtype=table.dtype, device=table.device),
             last_tokens=last_tokens,
             scratch=scratch_for(sizes[-1], table.device),
-            ahead=attention.ahead,
-            inputs=attention.ahead.twice(rows * sizes[-1], torch.int64),
             pool=torch.cuda.graph_pool_handle(),
         )
 

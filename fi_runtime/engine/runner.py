@@ -1,5 +1,6 @@
 """Computes steps: fills their tensors, runs the model and chooses the tokens that follow."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from fi_runtime.attention.base import Attention
 from fi_runtime.engine import sampler
 from fi_runtime.engine.batches import Batch, Batches
-from fi_runtime.engine.download import Download
+from fi_runtime.engine.download import Download, TokenDownload, token_downloads
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
 from fi_runtime.engine.sequence import Chunk, Sequence
@@ -28,7 +29,7 @@ class Launched:
     """whether the next one of any is chosen by its tokens, this one among them"""
     dead_ends: dict[int, str]
     """of rows whose guides let no token follow, and why; their tokens mean nothing"""
-    _tokens: Download
+    _tokens: Download | TokenDownload
     _logprobs: sampler.Logprobs | None
 
     def wait(self) -> tuple[list[int], list[list[TokenLogprob] | None]]:
@@ -61,9 +62,7 @@ class Runner:
         self._graphs = graphs or StepGraphs()
         self._batches = Batches(len(last_tokens) - 1, page_size)
         self._last_tokens = last_tokens
-        self._downloads = None
-        if self._device.type == "cuda":
-            self._downloads = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._downloads = itertools.cycle(token_downloads(len(last_tokens) - 1, self._device))
 
     @property
     def runs_ahead(self) -> bool:
@@ -94,7 +93,7 @@ class Runner:
             if any(guides):
                 wanted, dead_ends = guided(logits, wanted, guides)
         if graphs is not None and wanted is logits:
-            chosen = graphs.choose(sampler.filters(batch.draws), len(sequences))
+            chosen = graphs.choose(batch.filtered, len(sequences))
         else:
             there = sampling.TokenSlots(self._last_tokens, upload(batch.slots, self._device))
             chosen = sampler.choose(wanted, batch.draws, there)
@@ -102,7 +101,7 @@ class Runner:
             sequences,
             batch.looks_back,
             dead_ends,
-            Download(chosen, self._downloads),
+            next(self._downloads).start(chosen),
             sampler.logprobs(logits, chosen, batch.logprobs),
         )
 

@@ -110,8 +110,8 @@ def keys(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> npt.
     SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number
     generators", 2014) over the seed's hash plus the index times the golden gamma.
     """
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64
-        return _mix(_mix(seeds) + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    # Modulo 2^64, of which numpy says nothing where they are arrays.
+    return _mix(_mix(seeds) + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

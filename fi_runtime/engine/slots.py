@@ -2,7 +2,6 @@
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from fi_runtime.attention.base import Int32s, Int64s
 from fi_runtime.engine import sampler
@@ -33,9 +32,9 @@ class Slots:
             self._refresh(sequence)
         return self._rows[slot][:count]
 
-    def draws(self, slots: Int64s, indices: npt.NDArray[np.uint64]) -> torch.Tensor:
-        """``sampler.draws_of`` of the slots of sequences that ``pages`` was asked for."""
-        return sampler.draws_of(self._knobs[:, slots], self._seeds[slots], indices)
+    def drawing(self, slots: Int64s) -> tuple[sampler.Float64s, npt.NDArray[np.uint64]]:
+        """Knobs and seeds of sequences that ``pages`` was asked for, as ``draws_of`` takes them."""
+        return self._knobs[:, slots], self._seeds[slots]
 
     def _refresh(self, sequence: Sequence) -> None:
         slot, pages = sequence.slot, sequence.pages
