@@ -91,7 +91,8 @@ def draw(lines: dict[str, dict[str, float]], gpu: str, out: Path) -> None:
     for who, colour in COLOURS.items():
         there = [(100 * each[who], n) for n, each in enumerate(lines.values()) if who in each]
         if there:
-            axes.scatter(*zip(*there, strict=True), 70, color=colour, label=who, zorder=2)
+            height = 3 if who == OURS else 2
+            axes.scatter(*zip(*there, strict=True), 70, color=colour, label=who, zorder=height)
     axes.set_yticks(range(len(lines)), list(lines))
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
