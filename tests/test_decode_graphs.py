@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fi_runtime.attention.ahead import Ahead
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine import capture
 from fi_runtime.engine.decode_graphs import padded_sizes
 from fi_runtime.engine.step_graphs import GraphSizes, padded_piece_counts, padded_token_counts
 from fi_runtime.engine.step_inputs import StepInputs
-from fi_runtime.upload import Ahead
 
 
 @given(st.integers(1, 4096))

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from bench.fidelity import config_of, reference, write_family
+from fi_runtime.attention.ahead import Ahead
 from fi_runtime.attention.base import Attention, AttentionKind, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import (
     FlashInferAttention,
@@ -44,7 +45,6 @@ from fi_runtime.kernels.projection import (
 )
 from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.messages import SamplingParams
-from fi_runtime.upload import Ahead
 from tests.draws import (
     PENALTIES,
     assert_follows,

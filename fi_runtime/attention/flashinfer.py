@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from fi_runtime.attention.ahead import Ahead, Staging
 from fi_runtime.attention.base import (
     AttentionKind,
     Int32s,
@@ -32,7 +33,7 @@ from fi_runtime.cache.pages import SPARE_PAGE
 from fi_runtime.config import Backend, ConfigError
 from fi_runtime.kernels.heads import Heads, Places, place
 from fi_runtime.kernels.library import flashinfer
-from fi_runtime.upload import Ahead, Staging, upload, upload_to
+from fi_runtime.upload import upload, upload_to
 
 log = logging.getLogger(__name__)
 
