@@ -531,8 +531,8 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("max_tokens", {"text_input": "a", "max_tokens": 0}, ["max_tokens=0", ">= 1"]),
     (
         "seed",
-        {"text_input": "a", "sampling_parameters": '{"seed": -1}'},
-        ["sampling_parameters", "seed=-1", "0 to 2^64 - 1"],
+        {"text_input": "a", "sampling_parameters": '{"seed": -2}'},
+        ["sampling_parameters", "seed=-2", "0 to 2^64 - 1"],
     ),
     (
         "unknown key",
