@@ -119,8 +119,8 @@ class _Streams:
         try:
             yield
         finally:
-            copied.record(self._uploads)
             torch.cuda.set_stream(self.steps)
+            copied.record(self._uploads)
         self.steps.wait_event(copied)
 
 

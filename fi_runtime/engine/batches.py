@@ -70,7 +70,7 @@ class Batches:
             chunks: as they were scheduled: those of sequences that begin to run are the last.
         """
         scheduled = [chunk.sequence for chunk in chunks]
-        last = self._last
+        last, self._last = self._last, None  # until this one is made
         # One that begins again, with other pages, may have been there before.
         if last is not None and scheduled == self._scheduled and not chunks[-1].begins:
             batch = self._next(last)

@@ -179,6 +179,7 @@ class Engine:
             except torch.AcceleratorError:  # after which nothing on the device can be relied on
                 raise
             except Exception as error:  # what one sequence did to a step must not end the engine
+                self._runner.check_device()  # a library may have called such an error its own
                 log.exception("a step of %d sequences failed", len(chunks))
                 outputs += [self._give_up(chunk.sequence, error) for chunk in chunks]
                 # Pages that the step was to fill, and that others would have read, among them.

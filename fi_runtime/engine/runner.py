@@ -69,6 +69,15 @@ class Runner:
         """Whether a step is computed while the host goes on."""
         return self._device.type == "cuda"
 
+    def check_device(self) -> None:
+        """See that the device can still be relied on.
+
+        Raises:
+            torch.AcceleratorError: an error of the device has come to light.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).query()
+
     @torch.inference_mode()
     def launch(self, chunks: list[Chunk]) -> Launched:
         """Have the chunks computed, and a token chosen for each that completes its sequence."""
