@@ -20,10 +20,8 @@ import triton_python_backend_utils as pb
 
 log = logging.getLogger(__name__)
 
-FIRST_ASK_S = 0.1
 ASK_S = 0.5
-"""between two questions, each a tenth of a millisecond's work; at first more often, so that no end
-is taken for a start"""
+"""between two questions, each a tenth of a millisecond's work"""
 EXITING = "Server not ready"
 UNLOADING = "is not ready"
 """what a server says that takes no more requests, and of a model that takes none"""
@@ -63,29 +61,42 @@ class Drain:
         self.seconds = max(0.0, self._exit_timeout_s - needed_s)
         """for requests to be done in, of the server's exit timeout"""
         self._since: float | None = None
+        self._served = threading.Event()
 
     @property
     def is_over(self) -> bool:
         """Whether requests in flight have had their time."""
         return self._since is not None and time.monotonic() - self._since >= self.seconds
 
+    def has_served(self) -> None:
+        """The server has handed a request over: from now on the model being away is its end."""
+        self._served.set()
+
     def watch(self) -> None:
-        """Ask until the model is closed; see to it that its server ends in time."""
-        has_served = is_exiting = False
-        while not is_exiting and not self._closing.wait(ASK_S if has_served else FIRST_ASK_S):
+        """Ask until the model is closed; see to it that its server ends in time.
+
+        NOTE: a question that is on its way while the server ends the instance can crash the server
+        (2.51, a mutex that is gone). So none is asked before there was anything to end, least of
+        all when a model is unloaded as soon as it has been loaded, nor once its end is known.
+        """
+        while not self._served.is_set():
+            if self._closing.wait(ASK_S):
+                return
+        what = ""
+        while not what and not self._closing.wait(ASK_S):
             answer = self._answer()
-            if EXITING not in answer and UNLOADING not in answer:
-                has_served = True
-            elif has_served:  # one that is only starting is not ready either
-                is_exiting = EXITING in answer
-                self._begin("server" if is_exiting else "model")
-        if not self._closing.wait(self._exit_timeout_s + OVERTIME_S):
+            if EXITING in answer:
+                what = "server"
+            elif UNLOADING in answer:
+                what = "model"
+        if what:
+            self._begin(what)
+        if not self._closing.wait(self._exit_timeout_s + OVERTIME_S) and what == "server":
             self._kill_server()
 
     def _begin(self, what: str) -> None:
-        if self._since is None:
-            self._since = time.monotonic()
-            log.info("the %s is ending; requests in flight have %.1f s", what, self.seconds)
+        self._since = time.monotonic()
+        log.info("the %s is ending; requests in flight have %.1f s", what, self.seconds)
 
     def _answer(self) -> str:
         question = pb.Tensor("is it ending?", np.zeros(1, dtype=np.int32))

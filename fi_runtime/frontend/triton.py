@@ -160,6 +160,7 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
+        self._drain.has_served()
         line = deque(self._arrival(request) for request in requests)
         while line:
             with _told_errors(line[0].responder):
