@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from bench.drawing import pyplot
 from bench.results import read_results, write_results
 from fi_runtime.attention.timing import DecodeShape, memory_bandwidth, time_decode
 from fi_runtime.config import Backend, ConfigError
@@ -266,12 +267,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
     Raises:
         ConfigError: there are none, or there is nothing to draw with.
     """
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError("a plot needs matplotlib: pip install 'fi-runtime[bench]'") from None
-    matplotlib.use("Agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    plots = pyplot()
     rows = index(results["rows"])
     version = next(iter(versions_of(results["rows"])), "none")
     times = {
@@ -282,7 +278,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
     if not times:
         raise ConfigError("the results have no shape with times of both FA2 and FA3")
     # Dots, not bars: on a logarithmic axis a distance is a ratio, and a bar's length is nothing.
-    figure, axes = pyplot.subplots(figsize=(9, 4.8), layout="constrained")
+    figure, axes = plots.subplots(figsize=(9, 4.8), layout="constrained")
     for number, (fa2, fa3) in enumerate(times.values()):
         axes.plot([fa2, fa3], [number, number], color="0.7", linewidth=3, zorder=1)
         text = {"textcoords": "offset points", "va": "center", "fontsize": 9}

@@ -6,13 +6,13 @@ FOLDER has ``offline.json`` and ``latency.json``, as ``bench.offline`` and ``ben
 them. What they lack is left out.
 """
 
-import importlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from bench.drawing import pyplot
 from bench.results import read_results
 from fi_runtime.config import ConfigError
 
@@ -70,13 +70,8 @@ def draw(lines: dict[str, dict[str, float]], gpu: str, out: Path) -> None:
     """
     if not lines:
         raise ConfigError("the results have no rows to draw")
-    try:
-        matplotlib: Any = importlib.import_module("matplotlib")
-    except ImportError:
-        raise ConfigError("a plot needs matplotlib: pip install 'fi-runtime[bench]'") from None
-    matplotlib.use("Agg")
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.42 * len(lines)), layout="constrained")
+    plots = pyplot()
+    figure, axes = plots.subplots(figsize=(9, 0.9 + 0.42 * len(lines)), layout="constrained")
     for number, each in enumerate(lines.values()):
         ends = [100 * min(each.values()), 100 * max(each.values())]
         axes.plot(ends, [number, number], color="0.8", linewidth=3, zorder=1)
