@@ -125,12 +125,13 @@ class FlashInferAttention:
             device=device,
         )
         layers = tuple(kinds or plain_kinds(shape.layers, shape.head_dim))
+        distinct = list(dict.fromkeys(layers))
 
         def workspaces(tokens: int) -> dict[AttentionKind, Workspace]:
             planned = plan_bytes(heads, shape.kv_heads, tokens, limits.captured)
             return {
                 kind: Workspace(partial, torch.empty(planned, dtype=torch.uint8, device=device))
-                for kind in dict.fromkeys(layers)
+                for kind in distinct
             }
 
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
@@ -143,15 +144,14 @@ class FlashInferAttention:
         apart = APART_CONTEXT // shape.page_size + limits.captured if limits.rows else 0
         least = 0 if backend == "fa2" else MIN_PLAN_BYTES
         planned = plan_bytes(heads, shape.kv_heads, limits.captured, limits.captured, least)
-        kinds_of_layers = list(dict.fromkeys(layers))
         self.ahead = Ahead(
             device,
-            plans=[planned] * len(kinds_of_layers),
+            plans=[planned] * len(distinct),
             inputs=INPUTS * limits.captured,
             layout=4 * limits.captured + 1 + own + apart,
         )
         """what captured steps read is put there: of attention, and ``INPUTS`` words a sequence"""
-        self._captured = _Captured(limits.captured, partial, kinds_of_layers, self.ahead)
+        self._captured = _Captured(limits.captured, partial, distinct, self.ahead)
         library = flashinfer()
         self._decode = _Wrappers(
             self._common,
@@ -268,7 +268,7 @@ class GraphDecodeAttention:
         # again, since where in its workspace a plan has what depends on the sizes alone.
         self._planning = buffers.wrappers(common, there, side=0)
         self._running = buffers.wrappers(common, read, side=1)
-        spare = _pad(spare_layout([1], common.cache.shape.page_size), sequences)
+        spare = spare_layout([1] * sequences, common.cache.shape.page_size)
         with self.ahead.filling() as staging:
             self._write(spare, staging)
             self._planning.plan(spare, there.pages[:sequences], staging.turn)
@@ -589,16 +589,3 @@ def _last_page_lens(layout: StepLayout, page_size: int) -> Int32s:
     """Tokens in each sequence's last page, 1 to page_size."""
     lengths: Int32s = (layout.context_lens - 1) % page_size + 1
     return lengths.astype(np.int32)
-
-
-def _pad(layout: StepLayout, sequences: int) -> StepLayout:
-    """Add sequences of one token in the spare page, up to so many."""
-    missing = sequences - len(layout.context_lens)
-    ones = np.ones(missing, dtype=np.int32)
-    more = np.arange(1, missing + 1, dtype=np.int32)
-    return StepLayout(
-        query_starts=np.concatenate((layout.query_starts, layout.query_starts[-1] + more)),
-        context_lens=np.concatenate((layout.context_lens, ones)),
-        page_starts=np.concatenate((layout.page_starts, layout.page_starts[-1] + more)),
-        pages=np.concatenate((layout.pages, ones * SPARE_PAGE)),
-    )

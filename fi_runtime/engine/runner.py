@@ -8,7 +8,7 @@ import torch
 from fi_runtime.attention.base import Attention
 from fi_runtime.engine import sampler
 from fi_runtime.engine.batches import Batch, Batches
-from fi_runtime.engine.download import Download, TokenDownload, token_downloads
+from fi_runtime.engine.download import TokenDownload, token_downloads
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
 from fi_runtime.engine.sequence import Chunk, Sequence
@@ -29,7 +29,7 @@ class Launched:
     """whether the next one of any is chosen by its tokens, this one among them"""
     dead_ends: dict[int, str]
     """of rows whose guides let no token follow, and why; their tokens mean nothing"""
-    _tokens: Download | TokenDownload
+    _tokens: TokenDownload
     _logprobs: sampler.Logprobs | None
 
     def wait(self) -> tuple[list[int], list[list[TokenLogprob] | None]]:
@@ -85,7 +85,7 @@ class Runner:
         sequences = batch.sequences
         if not sequences:
             self._forward(batch)
-            return Launched([], False, {}, Download(torch.empty(0, dtype=torch.int64)), None)
+            return Launched([], False, {}, TokenDownload(), None)
         graphs = self._graphs.decode if batch.decodes else None
         if graphs is not None and graphs.fits(len(sequences)):
             logits = graphs.forward(
