@@ -25,6 +25,8 @@ TOKEN = 64
 class EchoEngine:
     """What an engine's process needs of an engine."""
 
+    runs_ahead = False
+
     def __init__(self) -> None:
         self._left: dict[SequenceKey, int] = {}
 

@@ -91,6 +91,11 @@ class Engine:
         """Whether a step has anything to compute."""
         return bool(self._sequences) or self._launched is not None
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a device computes steps while the host goes on."""
+        return self._runner.runs_ahead
+
     def add(self, key: SequenceKey, prompt: list[int], params: SamplingParams) -> None:
         """Queue a new sequence.
 

@@ -55,6 +55,9 @@ FRONT_ENDS_END_S = 4.0
 HEARTBEAT_MS = int(HEARTBEAT_S * 1000)
 STATS_S = 1.0
 """between two words to a front end about how the engine is"""
+AWAKE_S = 0.01
+"""after its last step that an engine on a GPU looks for requests without ever sleeping: a core that
+wakes is slow at first, and a client's next request mostly comes right after its last answer"""
 ATTACH_WITHIN_MS = 30_000
 """for the first front end, once the engine is ready; later ones find the engine by its lock"""
 
@@ -74,7 +77,7 @@ class EngineServer:
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
         self._attached_before = False
         self._idle = True
-        self._stats_due = self._heartbeat_due = 0.0
+        self._stats_due = self._heartbeat_due = self._sleep_due = 0.0
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         self._requests = context.socket(zmq.PULL)
         self._outputs = context.socket(zmq.ROUTER)
@@ -95,8 +98,7 @@ class EngineServer:
         """Serve until the server is gone or the last front end has left."""
         while self._front_ends or not self._attached_before:
             idle_ms = HEARTBEAT_MS if self._front_ends else ATTACH_WITHIN_MS
-            wait_ms = 0 if self._engine.busy else idle_ms
-            ready = dict(self._poller.poll(wait_ms))
+            ready = dict(self._poller.poll(0 if self._stays_awake() else idle_ms))
             if self._server_fd in ready:
                 log.info("the server is gone")
                 self._end_front_ends()
@@ -117,6 +119,15 @@ class EngineServer:
                 self._post(key, output)
             self._send(self._new_stats())
         log.info("the last front end has left")
+
+    def _stays_awake(self) -> bool:
+        """Whether there is something to compute, or is likely to be at any moment."""
+        if not self._engine.runs_ahead:
+            return self._engine.busy  # its cores are those that everything else runs on
+        now = time.monotonic()
+        if self._engine.busy:
+            self._sleep_due = now + AWAKE_S
+        return now < self._sleep_due
 
     def _end_front_ends(self) -> None:
         """Kill those that do not end by themselves.
