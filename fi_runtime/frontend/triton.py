@@ -9,6 +9,7 @@ another one (``supervisor``).
 """
 
 import contextlib
+import gc
 import itertools
 import json
 import logging
@@ -157,6 +158,9 @@ class TritonPythonModel:
         for thread in self._threads:
             thread.start()
         self._threads += senders
+        # What has been loaded stays; without this, collections walk all of it beside requests.
+        gc.collect()
+        gc.freeze()
 
     def execute(self, requests: list[Any]) -> None:
         """Take requests; each is answered through its sender, and an error is its own alone."""
