@@ -1,5 +1,6 @@
 """What a request may say, and what it hears when it says something else."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -50,6 +51,33 @@ def test_defaults_are_those_of_both_dialects() -> None:
     assert request.samples[0].logprobs is None
     assert request.stop == []
     assert parse(text_input="a").samples[0].seed != parse(text_input="a").samples[0].seed
+
+
+def test_what_requests_ask_for_is_not_mixed_up_with_what_others_did() -> None:
+    served = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits())
+
+    def ask(served: Served, prompt: str, **inputs: Any) -> Request:
+        tensors = {name: tensor(value) for name, value in inputs.items()}
+        return parse_request({"text_input": tensor(prompt), **tensors}, {}, served)
+
+    asked: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.0, "seed": 0},
+        {"temperature": 1, "seed": 0},
+        {"temperature": "1", "seed": 0},
+        {"top_p": 1.0, "seed": 0},
+        {"seed": 0, "max_tokens": 60},
+        {"seed": 0, "min_length": 5, "max_tokens": 90, "n": 2},
+        {"seed": 0, "stop": "a", "return_token_ids": True},
+        {"seed": 0, "sampling_parameters": '{"max_tokens": 5, "stop": ["b"]}'},
+        *({"seed": 0, "max_tokens": 1 + count % 90, "top_k": count} for count in range(300)),
+    ]
+    for prompt, inputs in itertools.product(("a", "b" * 50), asked + asked[::-1]):
+        fresh = Served.of(Path("nowhere"), BYTES, INFO, RequestLimits())
+        request, alone = ask(served, prompt, **inputs), ask(fresh, prompt, **inputs)
+        if "seed" in inputs:
+            assert request == alone
+        assert request.prompt == BYTES.encode(prompt).ids
 
 
 def test_the_prompt_is_repeated_unless_streaming_or_told_not_to() -> None:

@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,24 @@ MAX_STOP_CHARS = 256
 PROMPTS = ("text_input", "input_ids", "messages")
 """Inputs of which a request gives one."""
 
+KEPT, KEPT_BYTES = 256, 4096
+"""wishes that are remembered, and how large each may be"""
+
+Key = tuple[tuple[str, str, tuple[int, ...], bytes | tuple[object, ...]], ...]
+"""Inputs as they came: name, dtype, shape and contents of each."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a request asks for, whatever its prompt."""
+
+    flags: Flags
+    knobs: Knobs
+    params: SamplingParams
+    """of as many tokens as were asked for, before there is a seed or a guide"""
+    guide: Guide | None
+    stop: list[str]
+
 
 @dataclass(frozen=True)
 class Served:
@@ -63,6 +81,8 @@ class Served:
     """of text, beyond which no prompt can be short enough, whatever its tokens"""
     defaults: Mapping[str, Any]
     """sampling parameters of requests that leave them out"""
+    known: dict[Key, Wishes] = field(default_factory=dict)
+    """of requests before, since most clients ask for the same again and again"""
 
     @classmethod
     def of(
@@ -117,20 +137,17 @@ def parse_request(
         RequestError: says what was given and what is allowed.
     """
     limits = served.limits
-    _check_size(tensors, parameters, limits.max_request_bytes)
-    inputs = {name: _values(name, tensor) for name, tensor in tensors.items()}
-    given = {**parameters, **inputs}
-    if "sampling_parameters" in given:  # then no other parameter of the request counts
-        given = {"sampling_parameters": given["sampling_parameters"], **inputs}
-    flags = Flags(**convert({k: v for k, v in given.items() if k in FLAGS}, FLAGS))
-    if flags.stream and flags.exclude_input_in_output is False:
+    size = _size(tensors, parameters)
+    if size > limits.max_request_bytes:  # before time is spent on it
         raise RequestError(
             "INVALID_ARG",
-            "exclude_input_in_output=false with stream=true: a stream never repeats the prompt; "
-            "leave exclude_input_in_output out or set it to true",
+            f"the request has {size} bytes; at most {limits.max_request_bytes} are taken",
         )
-    knobs = read_knobs(inputs, parameters, served.defaults)
-    prompt, text = _prompt(given, served)
+    wishes = _wishes(tensors, parameters, served)
+    flags, knobs = wishes.flags, wishes.knobs
+    counting = _counting(tensors, parameters)
+    prompts = {name: _values(name, tensors[name]) for name in PROMPTS if name in tensors}
+    prompt, text = _prompt({**counting, **prompts}, served)
     most = limits.max_prompt_tokens
     if 0 < most < len(prompt):
         raise RequestError(
@@ -146,21 +163,23 @@ def parse_request(
         )
     if limits.max_output_tokens:
         room = min(room, limits.max_output_tokens)
-    if knobs.n > limits.max_n:
-        raise RequestError("INVALID_ARG", f"n={knobs.n}: at most {limits.max_n} answers are given")
-    stop = _stop_strings(knobs, limits.max_stop_strings)
-    _check_vocabulary(knobs, served.info)
-    params = _params(knobs, flags, served, room)
+    max_tokens = min(wishes.params.max_tokens, room)
+    seed = secrets.randbelow(SEEDS) if knobs.seed is None else knobs.seed
     repeats = not (flags.stream or flags.exclude_input_in_output)
     return Request(
         prompt=prompt,
         echo=_echo(prompt, text, served) if repeats else "",
         samples=[
-            msgspec.structs.replace(params, seed=(params.seed + number * SEED_STEP) % SEEDS)
+            msgspec.structs.replace(
+                wishes.params,
+                max_tokens=max_tokens,
+                min_tokens=min(wishes.params.min_tokens, max_tokens),
+                seed=(seed + number * SEED_STEP) % SEEDS,
+            )
             for number in range(knobs.n)
         ],
-        guide=_guide(knobs, limits.max_guide_bytes),
-        stop=stop,
+        guide=wishes.guide,
+        stop=wishes.stop,
         include_stop=knobs.include_stop_str_in_output,
         skip_special_tokens=knobs.skip_special_tokens,
         flags=flags,
@@ -168,16 +187,65 @@ def parse_request(
     )
 
 
-def _check_size(
-    tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, object], most: int
-) -> None:
-    """Refuse what would only take time to read."""
+def _size(tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, object]) -> int:
+    """Bytes."""
     size = sum(len(name) + len(str(value)) for name, value in parameters.items())
     for tensor in tensors.values():
         strings = tensor.dtype == np.object_
         size += sum(map(len, tensor.reshape(-1))) if strings else tensor.nbytes
-    if size > most:
-        raise RequestError("INVALID_ARG", f"the request has {size} bytes; at most {most} are taken")
+    return size
+
+
+def _counting(
+    tensors: Mapping[str, npt.NDArray[Any]], parameters: Mapping[str, object]
+) -> Mapping[str, object]:
+    """The parameters of a request that count beside its sampling_parameters: all or none."""
+    return {} if "sampling_parameters" in {*tensors, *parameters} else parameters
+
+
+def _wishes(
+    tensors: Mapping[str, npt.NDArray[Any]],
+    parameters: Mapping[str, object],
+    served: Served,
+) -> Wishes:
+    """What is asked for; remembered if it is small, and of tensors alone. One thread only."""
+    inputs = {name: tensor for name, tensor in tensors.items() if name not in PROMPTS}
+    if parameters or _size(inputs, {}) > KEPT_BYTES:
+        return _read_wishes(inputs, parameters, served)
+    key = tuple(
+        (name, one.dtype.str, one.shape, tuple(one.flat) if one.dtype.hasobject else one.tobytes())
+        for name, one in inputs.items()
+    )
+    wishes = served.known.get(key)
+    if wishes is None:
+        if len(served.known) >= KEPT:
+            served.known.clear()
+        wishes = served.known[key] = _read_wishes(inputs, parameters, served)
+    return wishes
+
+
+def _read_wishes(
+    tensors: Mapping[str, npt.NDArray[Any]],
+    parameters: Mapping[str, object],
+    served: Served,
+) -> Wishes:
+    limits = served.limits
+    inputs = {name: _values(name, tensor) for name, tensor in tensors.items()}
+    given = {**_counting(tensors, parameters), **inputs}
+    flags = Flags(**convert({k: v for k, v in given.items() if k in FLAGS}, FLAGS))
+    if flags.stream and flags.exclude_input_in_output is False:
+        raise RequestError(
+            "INVALID_ARG",
+            "exclude_input_in_output=false with stream=true: a stream never repeats the prompt; "
+            "leave exclude_input_in_output out or set it to true",
+        )
+    knobs = read_knobs(inputs, parameters, served.defaults)
+    if knobs.n > limits.max_n:
+        raise RequestError("INVALID_ARG", f"n={knobs.n}: at most {limits.max_n} answers are given")
+    stop = _stop_strings(knobs, limits.max_stop_strings)
+    _check_vocabulary(knobs, served.info)
+    params = _params(knobs, flags, served)
+    return Wishes(flags, knobs, params, _guide(knobs, limits.max_guide_bytes), stop)
 
 
 def _stop_strings(knobs: Knobs, most: int) -> list[str]:
@@ -201,18 +269,17 @@ def _check_vocabulary(knobs: Knobs, info: EngineInfo) -> None:
         _check_tokens(name, tokens, info, lowest)
 
 
-def _params(knobs: Knobs, flags: Flags, served: Served, room: int) -> SamplingParams:
-    """Sampling parameters as the engine takes them, for at most ``room`` tokens."""
-    max_tokens = min(knobs.max_tokens, room)
+def _params(knobs: Knobs, flags: Flags, served: Served) -> SamplingParams:
+    """Sampling parameters as the engine takes them."""
     needs_logprobs = flags.return_cumulative_logprob or flags.return_log_probs
     return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min(knobs.min_tokens, max_tokens),
+        max_tokens=knobs.max_tokens,
+        min_tokens=knobs.min_tokens,
         temperature=knobs.temperature,
         top_k=max(knobs.top_k, 0),
         top_p=knobs.top_p,
         min_p=knobs.min_p,
-        seed=secrets.randbelow(SEEDS) if knobs.seed is None else knobs.seed % SEEDS,
+        seed=0,
         repetition_penalty=knobs.repetition_penalty,
         presence_penalty=knobs.presence_penalty,
         frequency_penalty=knobs.frequency_penalty,
