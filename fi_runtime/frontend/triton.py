@@ -2,8 +2,8 @@
 
 ``execute`` is called on Triton's thread and hands requests to the engine while it has credit;
 "guides" compiles what answers have to match, and hands those requests over; "tokens" takes what
-the engine says and hands it to the "replies" threads, which make it text and
-send the responses, each those of its own requests; "cancellation" asks Triton five times a second
+the engine says and hands it to the "replies" threads (``senders``), which make it text and send the
+responses, each those of its own requests; "cancellation" asks Triton five times a second
 which clients have gone; "drain" asks it whether it goes on. When the engine dies, "tokens" gets
 another one (``supervisor``).
 """
@@ -21,7 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import msgspec
@@ -40,6 +39,7 @@ from fi_runtime.frontend.repository import read_engine_config
 from fi_runtime.frontend.request_log import RequestRecord
 from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.frontend.responder import Responder
+from fi_runtime.frontend.senders import Sender
 from fi_runtime.frontend.supervisor import Supervisor
 from fi_runtime.messages import Abort, Generate, Output, encode
 from fi_runtime.shared_memory import remove_of_stub
@@ -86,7 +86,7 @@ class Submission(Waiting):
     times: RequestTimes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InFlight:
     """A request between its arrival and its last response."""
 
@@ -94,8 +94,7 @@ class InFlight:
     """to the engine that it was given to; no other one knows of it"""
     numbers: range
     """what the engine knows its samples by"""
-    outbox: "SimpleQueue[list[Output]]"
-    """of the thread that sends its responses"""
+    sender: "Sender[InFlight]"
     answer: Answer
     responder: Responder
     times: RequestTimes
@@ -133,20 +132,14 @@ class TritonPythonModel:
         self._next_number = 0
         self._in_flight: dict[int, InFlight] = {}
         """by the number of each sample that is not complete"""
-        self._outboxes: list[SimpleQueue[list[Output]]] = [SimpleQueue() for _ in range(SENDERS)]
-        """what the engine gave the requests of each sender; nothing at all asks it to look up"""
-        self._next_outbox = itertools.cycle(self._outboxes)
+        self._senders = [Sender(self._take, self._respond) for _ in range(SENDERS)]
+        self._next_sender = itertools.cycle(self._senders)
         self._guided: deque[Submission] = deque()
         """what waits for its guide to be compiled; the first one may wait for credit instead"""
         self._guided_changed = threading.Condition()
         # Daemons, since a server that dies does not call finalize: nothing would end them, and
         # they would keep this process from its end.
-        senders = [
-            threading.Thread(target=self._reply, args=[outbox], name="replies", daemon=True)
-            for outbox in self._outboxes
-        ]
-        for thread in senders:
-            thread.start()
+        senders = [sender.thread for sender in self._senders]
         self._senders_core = OneCore(senders)
         self._threads = [
             threading.Thread(target=self._receive, name="tokens", daemon=True),
@@ -311,7 +304,7 @@ class TritonPythonModel:
         in_flight = InFlight(
             link,
             numbers,
-            next(self._next_outbox),
+            next(self._next_sender),
             submission.answer,
             responder,
             submission.times,
@@ -383,51 +376,33 @@ class TritonPythonModel:
     def _receive(self) -> None:
         """Take what engines say until the model is closed, and then let the senders go."""
         self._supervisor.run()
-        for outbox in self._outboxes:
-            outbox.put([])
+        for sender in self._senders:
+            sender.close()
 
     def _hand_out(self, outputs: list[Output]) -> None:
         """Give each output to the sender of its request."""
-        shares: dict[SimpleQueue[list[Output]], list[Output]] = defaultdict(list)
+        shares: dict[Sender[InFlight], list[Output]] = defaultdict(list)
         for output in outputs:
             # What has ended here first, by a stop string or an error, is nobody's any more.
             if (in_flight := self._in_flight.get(output.request)) is not None:
-                shares[in_flight.outbox].append(output)
-        for outbox, share in shares.items():
-            outbox.put(share)
+                shares[in_flight.sender].append(output)
+        for sender, share in shares.items():
+            sender.give(share, alone=len(outputs) == 1)
 
-    def _reply(self, outbox: "SimpleQueue[list[Output]]") -> None:
-        """Send what the engine gives one sender's requests, until the model is closed."""
-        waiting: dict[int, InFlight] = {}
-        """requests with a response to send, in the order of their tokens"""
-        while True:
-            # What comes while a response is being sent joins those that wait: nothing is held back
-            # to make a group, and nothing that is there is left for another response.
-            while not (waiting and outbox.empty()):
-                outputs = outbox.get()
-                if not outputs and self._closing.is_set():
-                    return
-                for output in outputs:
-                    self._take(output, waiting)
-            self._respond(waiting.pop(next(iter(waiting))))
-
-    def _take(self, output: Output, waiting: dict[int, InFlight]) -> None:
-        """Add an output to its answer, and that to those that wait if it has a response."""
+    def _take(self, output: Output) -> InFlight | None:
+        """Add an output to its answer; the request, if it has a response to send."""
         in_flight = self._in_flight.get(output.request)
         if in_flight is None:
-            return
-        first = in_flight.numbers.start
+            return None
         try:
-            complete = in_flight.answer.take(output.request - first, output)
+            complete = in_flight.answer.take(output.request - in_flight.numbers.start, output)
         except Exception as error:
-            waiting.pop(first, None)
             self._end(in_flight, error)
-            return
+            return None
         self._metrics.took(in_flight.times, len(output.tokens))
         if complete:
             self._forget(output.request, at_engine=output.finish is None)
-        if in_flight.answer.has_response:
-            waiting.setdefault(first, in_flight)
+        return in_flight if in_flight.answer.has_response else None
 
     def _respond(self, in_flight: InFlight) -> None:
         answer = in_flight.answer
