@@ -8,6 +8,10 @@ answers over gRPC, one after another. Both generate exactly ``tokens`` tokens an
 from the same prompts. The first round of each is left out as a warm-up. On a machine with a GPU
 the engine runs there; models are those of ``bench.cold_start``.
 
+Tokens a second served are those that came while all streams ran: from the first request until a
+stream has had its last answer. ``served_to_the_end_tokens_per_s`` goes on until the last one has,
+with ever fewer streams.
+
 A step's time is the mean time between tokens of an answer, as the engine's caller sees them:
 offline this process, served the front ends, which say it in their metrics. So do they of the time
 to the first token, from a request's arrival there.
@@ -230,6 +234,8 @@ def serve(server: TritonServer, load: Load) -> dict[str, float]:
     tokens = sum(response.tokens for response in everything)
     assert tokens == load.streams * load.rounds * load.tokens, "tokens were lost"
     begin, end = min(r.sent for r in everything), max(r.come for r in everything)
+    all_ran = min(stream[-1].come for stream in streams)
+    come = sum(response.tokens for response in everything if response.come <= all_ran)
     first = np.array([answer[0].come - answer[0].sent for answer in answers]) * 1e3
     gaps = [b.come - a.come for answer in answers for a, b in itertools.pairwise(answer)]
     between = np.array(gaps or [0.0]) * 1e3
@@ -237,7 +243,8 @@ def serve(server: TritonServer, load: Load) -> dict[str, float]:
     after = _sums(server)
     told = {name: after[name] - before[name] for name in after}
     return {
-        "served_tokens_per_s": tokens / (end - begin),
+        "served_tokens_per_s": come / (all_ran - begin),
+        "served_to_the_end_tokens_per_s": tokens / (end - begin),
         "ttft_ms_p50": float(np.percentile(first, 50)),
         "ttft_ms_p99": float(np.percentile(first, 99)),
         "itl_ms_p50": float(np.percentile(between, 50)),
