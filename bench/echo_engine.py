@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.credits import Credits
+from fi_runtime.engine.outputs import Outputs, Tokens
 from fi_runtime.engine.sequence import SequenceKey
 from fi_runtime.engine.server import EngineServer
-from fi_runtime.messages import EngineInfo, FinishReason, Output, SamplingParams, Stats
+from fi_runtime.messages import EngineInfo, Output, SamplingParams, Stats
 from fi_runtime.run_folder import RunFolder, starting_lock
 
 TOKEN = 64
@@ -29,6 +31,7 @@ class EchoEngine:
 
     def __init__(self) -> None:
         self._left: dict[SequenceKey, int] = {}
+        self._front_ends: list[bytes] = []
 
     @property
     def busy(self) -> bool:
@@ -36,6 +39,8 @@ class EchoEngine:
 
     def add(self, key: SequenceKey, prompt: list[int], params: SamplingParams) -> None:
         self._left[key] = params.max_tokens
+        if key[0] not in self._front_ends:
+            self._front_ends.append(key[0])
 
     def abort(self, key: SequenceKey) -> bool:
         return self._left.pop(key, None) is not None
@@ -53,15 +58,17 @@ class EchoEngine:
             reused_tokens=0,
         )
 
-    def step(self) -> list[tuple[SequenceKey, Output]]:
+    def step(self) -> Outputs:
         """One token for each sequence."""
-        outputs = []
-        for key, left in list(self._left.items()):
-            finish: FinishReason | None = "length" if left == 1 else None
-            outputs.append((key, Output(key[1], [TOKEN], finish=finish)))
-            self._left[key] = left - 1
-            if finish:
-                del self._left[key]
+        outputs = Outputs(self._front_ends)
+        going_on = [key for key, left in self._left.items() if left > 1]
+        for key in self._left.keys() - going_on:
+            outputs.others.append((key, Output(key[1], [TOKEN], finish="length")))
+        self._left = {key: self._left[key] - 1 for key in going_on}
+        if going_on:
+            owners = [self._front_ends.index(front_end) for front_end, _ in going_on]
+            columns = (owners, [request for _, request in going_on], [TOKEN] * len(going_on))
+            outputs.columns.append(Tokens(*(np.array(one, dtype=np.int64) for one in columns)))
         return outputs
 
 

@@ -9,6 +9,7 @@ import signal
 from typing import Annotated, Literal
 
 import msgspec
+import numpy as np
 from msgspec import Meta
 
 from fi_runtime.config import MAX_INT32
@@ -20,6 +21,9 @@ FinishReason = Literal["stop", "complete", "length", "cancelled", "refused", "fa
 said; refused: the engine does not run such a sequence; failed: it could not go on with it"""
 
 MAX_LOGPROBS = 20
+
+INT64 = "<i8"
+"""how numpy calls the elements of columns"""
 
 HEARTBEAT_S = 1.0
 SHOW_STACKS = signal.SIGUSR1
@@ -151,12 +155,34 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """Results of a step for one front end, and the credits it is granted for new sequences."""
+    """Results of a step for one front end, and the credits it is granted for new sequences.
+
+    Raises:
+        ValueError: ``requests`` and ``tokens`` are no columns of the same length.
+    """
 
     outputs: list[Output]
     credits: int = 0
     stats: Stats | None = None
     """to one front end at a time, about once a second"""
+    requests: bytes = b""
+    """INT64s: requests that got a token each and nothing else, beside those of ``outputs``"""
+    tokens: bytes = b""
+    """INT64s: those tokens"""
+
+    def __post_init__(self) -> None:
+        size = np.dtype(INT64).itemsize
+        if len(self.requests) != len(self.tokens) or len(self.tokens) % size:
+            raise ValueError(
+                f"requests has {len(self.requests)} bytes and tokens {len(self.tokens)}; expected "
+                f"as many, {size} for each"
+            )
+
+    def all_outputs(self) -> list[Output]:
+        """Also those that are columns."""
+        requests, tokens = np.frombuffer(self.requests, INT64), np.frombuffer(self.tokens, INT64)
+        pairs = zip(requests.tolist(), tokens.tolist(), strict=True)
+        return [*self.outputs, *(Output(request, [token]) for request, token in pairs)]
 
 
 FromEngine = Attached | Detached | Step

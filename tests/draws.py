@@ -90,7 +90,7 @@ def counts_of_one(
 ) -> np.ndarray:
     """How often each token is drawn after the same prompt and output, for so many indices."""
     one = Running((b"", 0), list(prompt), params)
-    one.tokens += output
+    one.tokens.extend(output)
     changed = edited(logits.repeat(rows, 1), [one] * rows)
     tokens = drawn(changed, draws_for([params] * rows, range(rows)))
     return tokens.bincount(minlength=logits.shape[-1]).cpu().numpy()

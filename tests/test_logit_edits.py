@@ -20,7 +20,7 @@ def sequence(
 ) -> Sequence:
     params = msgspec.structs.replace(PLAIN, **values)
     made = Sequence((b"", 0), list(prompt), params, frozenset(end_ids))
-    made.tokens += output
+    made.tokens.extend(output)
     return made
 
 

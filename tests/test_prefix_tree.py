@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,12 +10,13 @@ from bench.families import VOCAB
 from fi_runtime.cache.pages import PagePool
 from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.config import EngineConfig
+from fi_runtime.engine.batches import Batch
 from fi_runtime.engine.core import Engine
 from fi_runtime.engine.runner import Runner
 from fi_runtime.engine.scheduler import Scheduler
-from fi_runtime.engine.sequence import Chunk, Sequence
+from fi_runtime.engine.sequence import Chunks, Sequence
 from fi_runtime.messages import SamplingParams
-from tests.test_scheduler import check_step
+from tests.test_scheduler import check_step, completing, scheduled
 from tests.twins import Twin
 
 STEPS = 700
@@ -63,31 +65,35 @@ class Simulation:
     def step(self) -> None:
         chunks = self.scheduler.schedule()
         check_step(chunks, self.scheduler, self.tree, self._page_size)
-        completing = [chunk.sequence for chunk in chunks if chunk.completes]
+        complete = completing(chunks, self.scheduler)
         self._compute(chunks)
-        for one in completing:
-            one.pending += 1
-        before = self._launched if self._ahead else completing
-        self._launched = completing
+        slots = self.scheduler.slots
+        for one in complete:
+            slots.pending[one.slot] += 1
+        before = self._launched if self._ahead else complete
+        self._launched = complete
         for one in before:
-            one.pending -= 1
             if self.live.get(one.key[1]) is one:
-                one.tokens.append(self._scripts[one.key[1]][len(one.tokens)])
+                token = self._scripts[one.key[1]][len(one.tokens)]
+                if one.slot < 0:
+                    one.take_late(token)
+                else:
+                    slots.pending[one.slot] -= 1
+                    slots.append(np.array([one.slot]), np.array([token]))
                 if len(one.tokens) == one.max_length or self._rng.random() < 0.05:
                     self.end(one)
 
-    def _compute(self, chunks: list[Chunk]) -> None:
+    def _compute(self, chunks: Chunks) -> None:
         """All of a step is written before anything is read, as in each layer."""
-        for chunk in chunks:
-            for position in range(
-                chunk.sequence.num_cached, chunk.sequence.num_cached + chunk.count
-            ):
-                place, said = self._at(chunk.sequence, position)
+        computed = scheduled(chunks, self.scheduler)
+        for one, count in computed:
+            for position in range(one.num_cached, one.num_cached + count):
+                place, said = self._at(one, position)
                 self._written[place] = said
-        for chunk in chunks:
-            chunk.sequence.num_cached += chunk.count
-            for position in range(chunk.sequence.num_cached):
-                place, said = self._at(chunk.sequence, position)
+        self.scheduler.slots.cached[chunks.slots] += chunks.counts
+        for one, _ in computed:
+            for position in range(one.num_cached):
+                place, said = self._at(one, position)
                 assert self._written[place] == said, "a page holds something else"
 
     def _at(self, one: Sequence, position: int) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -197,11 +203,12 @@ def test_a_step_that_failed_leaves_nothing_for_others(
     prompt = list(range(100))
     engine.add((b"", 0), prompt, params)
 
-    def broken(self: Runner, chunks: list[Chunk]) -> None:
+    def broken(self: Runner, batch: Batch) -> None:
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "launch", broken)
-        assert engine.step()[0][1].finish == "failed"
+        [(_, output)] = engine.step()
+        assert output.finish == "failed"
     engine.generate([prompt], params)
     assert engine.scheduler.num_reused_tokens == 0

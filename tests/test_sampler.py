@@ -141,12 +141,11 @@ def test_logprobs_report_the_chosen_token_its_rank_and_the_likeliest() -> None:
     table = LOGITS.double().log_softmax(0)
     order = table.argsort(descending=True).tolist()
     chosen = [order[2]] * 3
-    found = logprobs(LOGITS.repeat(3, 1), torch.tensor(chosen), [None, 0, 3])
+    found = logprobs(LOGITS.repeat(3, 1), torch.tensor(chosen), {1: 0, 2: 3})
     assert found is not None
-    none, own, likeliest = found.wait(chosen)
-    assert none is None
-    assert own is not None
-    assert likeliest is not None
+    told = found.wait(np.array(chosen))
+    assert told.keys() == {1, 2}
+    own, likeliest = told[1], told[2]
     assert [(one.token, one.rank) for one in own] == [(order[2], 3)]
     assert [(one.token, one.rank) for one in likeliest] == [
         (order[2], 3),

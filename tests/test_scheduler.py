@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from fi_runtime.cache.pages import SPARE_PAGE, OutOfPages, PagePool
 from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.engine.scheduler import Scheduler
-from fi_runtime.engine.sequence import Chunk, Sequence
+from fi_runtime.engine.sequence import Chunks, Sequence
 from fi_runtime.messages import SamplingParams
 
 
@@ -18,18 +19,28 @@ def sequence(number: int, prompt_length: int, max_tokens: int) -> Sequence:
     return Sequence((b"", number), [number] * prompt_length, params)
 
 
-def compute(chunks: list[Chunk], scheduler: Scheduler) -> None:
+def scheduled(chunks: Chunks, scheduler: Scheduler) -> list[tuple[Sequence, int]]:
+    """Each sequence of a step, and how many of its tokens it computes."""
+    pairs = zip(chunks.slots.tolist(), chunks.counts.tolist(), strict=True)
+    return [(scheduler.slots.at(slot), count) for slot, count in pairs]
+
+
+def completing(chunks: Chunks, scheduler: Scheduler) -> list[Sequence]:
+    """Those that get a token."""
+    return [one for one, count in scheduled(chunks, scheduler) if count == one.num_uncached]
+
+
+def compute(chunks: Chunks, scheduler: Scheduler) -> None:
     """What the engine does with a step's chunks: cache them, append a token, end the finished."""
-    completing = [chunk.sequence for chunk in chunks if chunk.completes]
-    for chunk in chunks:
-        chunk.sequence.num_cached += chunk.count
-    for one in completing:
-        one.tokens.append(7)
+    complete = completing(chunks, scheduler)
+    scheduler.slots.cached[chunks.slots] += chunks.counts
+    for one in complete:
+        scheduler.slots.append(np.array([one.slot]), np.array([7]))
         if one.num_generated == one.params.max_tokens:
             scheduler.remove(one)
 
 
-def check_step(chunks: list[Chunk], scheduler: Scheduler, tree: PrefixTree, page_size: int) -> None:
+def check_step(chunks: Chunks, scheduler: Scheduler, tree: PrefixTree, page_size: int) -> None:
     own = [page for one in scheduler.running for page in one.pages[len(one.nodes) :]]
     assert len(own) == len(set(own)), "a page belongs to two sequences"
     shared = {node.page for one in scheduler.running for node in one.nodes}
@@ -39,12 +50,13 @@ def check_step(chunks: list[Chunk], scheduler: Scheduler, tree: PrefixTree, page
     for one in scheduler.running:
         assert one.pages[: len(one.nodes)] == [node.page for node in one.nodes]
     assert all(not one.pages and one.num_cached == 0 for one in scheduler.waiting)
-    scheduled = [chunk.sequence for chunk in chunks]
-    assert len(scheduled) == len({id(one) for one in scheduled}), "a sequence stands twice"
-    for chunk in chunks:
-        assert chunk.sequence in scheduler.running
-        assert 0 < chunk.count <= chunk.sequence.num_uncached
-        assert chunk.sequence.num_cached + chunk.count <= len(chunk.sequence.pages) * page_size
+    assert len(chunks) == len(set(chunks.slots.tolist())), "a sequence stands twice"
+    for one, count in scheduled(chunks, scheduler):
+        assert one in scheduler.running
+        assert 0 < count <= one.num_uncached
+        assert one.num_cached + count <= len(one.pages) * page_size
+        held = scheduler.slots.pages(one.slot, len(one.pages))
+        assert held.tolist() == one.pages
 
 
 @settings(max_examples=300, deadline=None)
@@ -84,7 +96,7 @@ def test_everything_finishes_and_no_page_is_lost(
             finished += 1
         chunks = scheduler.schedule()
         check_step(chunks, scheduler, pool, page_size)
-        assert sum(chunk.count for chunk in chunks) <= step_tokens
+        assert chunks.counts.sum() <= step_tokens
         assert len(scheduler.running) <= max_sequences
         assert chunks or not live, "sequences wait although nothing runs"
         compute(chunks, scheduler)
@@ -107,7 +119,7 @@ def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:
     scheduler.add(long)
     for _ in range(8):
         chunks = scheduler.schedule()
-        counts = {chunk.sequence.key[1]: chunk.count for chunk in chunks}
+        counts = {one.key[1]: count for one, count in scheduled(chunks, scheduler)}
         assert {counts[i] for i in range(3)} == {1}
         assert counts[9] == 17  # all that the three leave of 20
         compute(chunks, scheduler)
@@ -133,7 +145,7 @@ def test_a_step_that_streams_wait_for_has_a_chunk_for_each_prompt_that_waits() -
             for number in (2, 3):
                 scheduler.add(sequence(number, 400, 90))
         chunks = scheduler.schedule()
-        assert [chunk.count for chunk in chunks] == counts
+        assert chunks.counts.tolist() == counts
         compute(chunks, scheduler)
 
 
@@ -145,7 +157,7 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
         scheduler.add(one)
     compute(scheduler.schedule(), scheduler)  # old and young hold all four pages
     chunks = scheduler.schedule()  # both need a third one
-    assert [chunk.sequence for chunk in chunks] == [old]
+    assert scheduled(chunks, scheduler) == [(old, 1)]
     assert list(scheduler.waiting) == [young, later]
     assert young.pages == []
     assert scheduler.num_preemptions == 1

@@ -128,6 +128,6 @@ def spare_layout(
     )
 
 
-def starts(counts: Sequence[int] | Int32s) -> Int32s:
+def starts(counts: Sequence[int] | Int32s | Int64s) -> Int32s:
     """Where each of some runs of so many begins, and where the last one ends: (runs + 1,)."""
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int32)

@@ -6,10 +6,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fi_runtime.attention.base import Int32s, Int64s, StepLayout, starts
+from fi_runtime.attention.base import Int64s, StepLayout, starts
 from fi_runtime.engine import sampler
-from fi_runtime.engine.sequence import Chunk, Sequence
-from fi_runtime.engine.slots import Slots
+from fi_runtime.engine.sequence import Chunks, Sequence, Slots
+
+NEXT = np.int64(-1)
+"""less a slot: the token chosen last there, as ``embed`` takes it"""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Batch:
     """(tokens,), as ``embed`` takes them"""
     adapters: Int64s | None
     """(tokens,), each one's; None: none has any"""
-    sequences: list[Sequence]
-    """that get a token"""
     last_rows: Int64s
     """(sequences,): the token of the step that each one's follows"""
     slots: Int64s
     """(sequences,)"""
+    entries: Int64s
+    """(sequences,): see ``Slots``"""
+    sequences: list[Sequence]
+    """that get a token"""
     indices: npt.NDArray[np.uint64]
     """(sequences,), of the token in each one's output"""
     draws: torch.Tensor
@@ -37,127 +41,114 @@ class Batch:
     """whether each sequence computes one token and gets one"""
     looks_back: bool
     """whether any sequence's next token is chosen by those before it"""
-    logprobs: list[int | None]
-    """(sequences,), as ``sampler.logprobs`` takes them"""
+    logprobs: dict[int, int]
+    """of rows that ask for them, as ``sampler.logprobs`` takes them"""
 
 
 class Batches:
     """Makes the batches of steps, one after another.
 
     Args:
-        max_sequences: that run at a time.
+        slots: of the sequences.
         page_size: tokens in a page.
     """
 
-    def __init__(self, max_sequences: int, page_size: int) -> None:
-        self._slots = Slots(max_sequences)
+    def __init__(self, slots: Slots, page_size: int) -> None:
+        self._slots = slots
         self._page_size = page_size
         self._last: Batch | None = None
         """if it decodes"""
-        self._scheduled: list[Sequence] = []
-        """its sequences, as they were scheduled"""
-        self._views: list[Int32s] = []
-        """the pages of each, in its order"""
+        self._scheduled: Int64s = np.zeros(0, dtype=np.int64)
+        """its slots, as they were scheduled"""
         self._seeds = np.zeros(0, dtype=np.uint64)
-        """of each"""
-        self._following: Int64s = np.zeros(0, dtype=np.int64)
-        """the token that each gets, as ``embed`` takes it"""
+        """of each of its sequences"""
 
-    def of(self, chunks: list[Chunk]) -> Batch:
-        """The batch of a step, which is launched before that of the next is asked for.
-
-        Args:
-            chunks: as they were scheduled: those of sequences that begin to run are the last.
-        """
-        scheduled = [chunk.sequence for chunk in chunks]
+    def of(self, chunks: Chunks) -> Batch:
+        """The batch of a step, which is launched before that of the next is asked for."""
         last, self._last = self._last, None  # until this one is made
         # One that begins again, with other pages, may have been there before.
-        if last is not None and scheduled == self._scheduled and not chunks[-1].begins:
-            batch = self._next(last)
-        else:
+        if last is None or chunks.begins or not np.array_equal(chunks.slots, self._scheduled):
             batch = self._new(chunks)
-        self._last, self._scheduled = batch if batch.decodes else None, scheduled
+        else:
+            batch = self._next(last)
+        self._last, self._scheduled = batch if batch.decodes else None, chunks.slots
         return batch
 
     def _next(self, last: Batch) -> Batch:
         """Of the same sequences, each with the token that it got."""
         contexts = last.layout.context_lens + np.int32(1)
-        page_counts = self._page_counts(contexts)
         page_starts, pages = last.layout.page_starts, last.layout.pages
-        grown = np.flatnonzero(page_counts > np.diff(page_starts)).tolist()
-        if grown:
-            for row in grown:
-                self._views[row] = self._slots.pages(last.sequences[row], int(page_counts[row]))
-            page_starts, pages = starts(page_counts), np.concatenate(self._views)
+        # A page more where the last one was full.
+        [grown] = np.nonzero(last.layout.context_lens % np.int32(self._page_size) == 0)
+        if len(grown):
+            counts = np.diff(page_starts)
+            new = self._slots.page(last.slots[grown], counts[grown].astype(np.int64))
+            pages = np.insert(pages, page_starts[1:][grown], new)
+            counts[grown] += 1
+            page_starts = starts(counts)
         indices = last.indices + np.uint64(1)
         last.draws.numpy()[-1] = sampler.keys(self._seeds, indices).view(np.float64)
         return replace(
             last,
             layout=StepLayout(last.layout.query_starts, contexts, page_starts, pages),
-            tokens=self._following,
+            tokens=NEXT - last.slots,
             indices=indices,
         )
 
-    def _new(self, chunks: list[Chunk]) -> Batch:
-        chunks = sorted(chunks, key=_turn)
-        tokens: list[int] = []
-        for chunk in chunks:
-            sequence, start = chunk.sequence, chunk.sequence.num_cached
-            if start == len(sequence.tokens):
-                tokens.append(-1 - sequence.slot)
-            else:
-                tokens += sequence.tokens[start : start + chunk.count]
-        counts: Int32s = np.array([chunk.count for chunk in chunks], dtype=np.int32)
-        cached: Int32s = np.array([chunk.sequence.num_cached for chunk in chunks], dtype=np.int32)
+    def _new(self, chunks: Chunks) -> Batch:
+        slots, (all_slots, counts) = self._slots, _in_turn(chunks, self._slots)
+        cached = slots.cached[all_slots]
         contexts = cached + counts
+        lengths = slots.known[all_slots] + slots.pending[all_slots]
         # Only pages that hold context; a chunked prompt owns more than it has filled.
-        page_counts = self._page_counts(contexts)
-        self._views = [
-            self._slots.pages(chunk.sequence, count)
-            for chunk, count in zip(chunks, page_counts.tolist(), strict=True)
+        page_counts = -(-contexts // self._page_size)
+        numbers = all_slots.tolist()
+        pages = [
+            slots.pages(slot, total)
+            for slot, total in zip(numbers, page_counts.tolist(), strict=True)
         ]
         query_starts = starts(counts)
-        layout = StepLayout(
-            query_starts, contexts, starts(page_counts), np.concatenate(self._views)
-        )
-        completes = np.array([chunk.completes for chunk in chunks], dtype=bool)
-        sequences = [chunk.sequence for chunk in chunks if chunk.completes]
-        slots = np.array([sequence.slot for sequence in sequences], dtype=np.int64)
-        # Of the tokens to come, those pending counted.
-        indices = np.array([one.length - one.prompt_length for one in sequences], dtype=np.uint64)
-        knobs, self._seeds = self._slots.drawing(slots)
-        draws = sampler.draws_of(knobs, self._seeds, indices)
-        self._following = -1 - slots
+        tokens = np.repeat(NEXT - all_slots, counts)
+        # What a sequence began to run with is known here alone.
+        for row in np.flatnonzero(cached < slots.begun[all_slots]).tolist():
+            first, last = query_starts[row], query_starts[row + 1]
+            start = int(cached[row])
+            known = slots.at(numbers[row]).tokens
+            tokens[first:last] = known[start : start + int(last - first)]
+        completes = contexts == lengths
+        own = all_slots[completes]
+        indices = (lengths - slots.prompts[all_slots])[completes].astype(np.uint64)
+        self._seeds = slots.seeds[own]
+        draws = sampler.draws_of(slots.knobs[:, own], self._seeds, indices)
+        wanted = slots.logprobs[own]
+        adapters = slots.adapters[all_slots]
         return Batch(
-            layout=layout,
-            tokens=np.array(tokens, dtype=np.int64),
-            adapters=_adapters(chunks),
-            sequences=sequences,
+            layout=StepLayout(
+                query_starts,
+                contexts.astype(np.int32),
+                starts(page_counts),
+                np.concatenate(pages),
+            ),
+            tokens=tokens,
+            adapters=np.repeat(adapters, counts) if adapters.any() else None,
             last_rows=(query_starts[1:] - 1)[completes].astype(np.int64),
-            slots=slots,
+            slots=own,
+            entries=slots.entries[own],
+            sequences=[slots.at(slot) for slot in own.tolist()],
             indices=indices,
             draws=draws,
             filtered=sampler.filters(draws),
-            decodes=len(tokens) == len(chunks) == len(sequences),
-            looks_back=any(sequence.looks_back for sequence in sequences),
-            logprobs=[sequence.params.logprobs for sequence in sequences],
+            decodes=len(tokens) == len(own),
+            looks_back=bool(slots.looks_back[own].any()),
+            logprobs={row: int(wanted[row]) for row in np.flatnonzero(wanted >= 0).tolist()},
         )
 
-    def _page_counts(self, contexts: Int32s) -> Int32s:
-        return -(-contexts // np.int32(self._page_size))
 
-
-def _turn(chunk: Chunk) -> tuple[bool, int]:
-    """Several tokens before one, as a layout has them, and the longest context first.
+def _in_turn(chunks: Chunks, slots: Slots) -> tuple[Int64s, Int64s]:
+    """Slots and counts: several tokens before one, as a layout has them, the longest context first.
 
     Attention takes them in turn: it would else end with few of its processors at work.
     """
-    return chunk.count == 1, -(chunk.sequence.num_cached + chunk.count)
-
-
-def _adapters(chunks: list[Chunk]) -> Int64s | None:
-    """The adapter of each token; None if none has any."""
-    if not any(chunk.sequence.adapter for chunk in chunks):
-        return None
-    each = np.array([chunk.sequence.adapter for chunk in chunks], dtype=np.int64)
-    return np.repeat(each, [chunk.count for chunk in chunks])
+    contexts = slots.cached[chunks.slots] + chunks.counts
+    order = np.lexsort((-contexts, chunks.counts == 1))
+    return chunks.slots[order], chunks.counts[order]

@@ -211,7 +211,7 @@ def _build_on_cpu(config: EngineConfig, model: Decoder) -> Built:
     _check_cache(shape, dtype, fitting)
     cache = KVCache(shape, dtype, device)
     attention = ReferenceAttention(cache, model.config.attention)
-    runner = Runner(model, attention, config.page_size, _last_tokens(config, device))
+    runner = Runner(model, attention, _last_tokens(config, device))
     max_context = _max_context(config, model.config, shape)
     return Built(model.config, runner, shape.pages, max_context, model.adapters)
 
@@ -260,7 +260,7 @@ def _build_on_gpu(config: EngineConfig, model: Decoder, phases: Phases) -> Built
     graphs = StepGraphs.capture(model, attention, sizes, last_tokens, config.page_size)
     attention.log_what_runs()
     phases.end("graphs")
-    runner = Runner(model, attention, config.page_size, last_tokens, graphs)
+    runner = Runner(model, attention, last_tokens, graphs)
     return Built(model.config, runner, shape.pages, max_context, model.adapters)
 
 

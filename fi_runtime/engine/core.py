@@ -7,18 +7,21 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fi_runtime.cache.pages import PagePool
 from fi_runtime.cache.prefix_tree import PrefixTree
 from fi_runtime.config import EngineConfig
+from fi_runtime.engine.batches import Batches
 from fi_runtime.engine.build import build
 from fi_runtime.engine.guides import DeadEnd, Guide, Guides
+from fi_runtime.engine.outputs import Outputs, Tokens
 from fi_runtime.engine.phases import Phases
 from fi_runtime.engine.runner import Launched
 from fi_runtime.engine.scheduler import Scheduler
-from fi_runtime.engine.sequence import Chunk, Sequence, SequenceKey
-from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats
+from fi_runtime.engine.sequence import Chunks, Sequence, SequenceKey
+from fi_runtime.messages import FinishReason, Output, SamplingParams, Stats, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +78,7 @@ class Engine:
             config.step_tokens,
             config.chunk_tokens,
         )
+        self._batches = Batches(self.scheduler.slots, config.page_size)
         self._sequences: dict[SequenceKey, Sequence] = {}
         self._launched: Launched | None = None
         """the step whose tokens are not known here yet"""
@@ -172,11 +176,12 @@ class Engine:
             reused_tokens=new[2],
         )
 
-    def step(self) -> list[tuple[SequenceKey, Output]]:
+    def step(self) -> Outputs:
         """Launch a step; what the one before it gave each sequence that has a new token."""
-        outputs = self._take_guides()
+        outputs = Outputs(self.scheduler.slots.front_ends)
+        outputs.others += self._take_guides()
         if self._launched is not None and self._launched.looks_back:
-            outputs += self._collect()
+            self._collect(outputs)
         launched = None
         if chunks := self.scheduler.schedule():
             try:
@@ -186,55 +191,67 @@ class Engine:
             except Exception as error:  # what one sequence did to a step must not end the engine
                 self._runner.check_device()  # a library may have called such an error its own
                 log.exception("a step of %d sequences failed", len(chunks))
-                outputs += [self._give_up(chunk.sequence, error) for chunk in chunks]
+                failed = [self.scheduler.slots.at(slot) for slot in chunks.slots.tolist()]
+                outputs.others += [self._give_up(sequence, error) for sequence in failed]
                 # Pages that the step was to fill, and that others would have read, among them.
                 self.tree.forget()
-        outputs += self._collect()
+        self._collect(outputs)
         self._launched = launched
         if not self._runner.runs_ahead:
-            outputs += self._collect()
+            self._collect(outputs)
         return outputs
 
-    def _launch(self, chunks: list[Chunk]) -> Launched:
-        launched = self._runner.launch(chunks)
-        for chunk in chunks:
-            chunk.sequence.num_cached += chunk.count
-        for sequence in launched.sequences:
-            sequence.pending += 1
+    def _launch(self, chunks: Chunks) -> Launched:
+        launched = self._runner.launch(self._batches.of(chunks))
+        slots = self.scheduler.slots
+        slots.cached[chunks.slots] += chunks.counts
+        slots.pending[launched.slots] += 1
         return launched
 
-    def _collect(self) -> list[tuple[SequenceKey, Output]]:
-        """What the launched step gave, once it is computed; nothing if there is none."""
+    def _collect(self, outputs: Outputs) -> None:
+        """Add what the launched step gave, once it is computed; nothing if there is none."""
         launched, self._launched = self._launched, None
         if launched is None:
-            return []
+            return
         tokens, logprobs = launched.wait()
-        outputs, running, dead_ends = [], self._sequences, launched.dead_ends
-        for row, sequence in enumerate(launched.sequences):
-            token = tokens[row]
-            sequence.pending -= 1
-            key = sequence.key
-            # It may have ended meanwhile, and even another have come by its name.
-            if running.get(key) is not sequence:
+        slots = self.scheduler.slots
+        # The others have stopped meanwhile, to go on later or for good.
+        runs = slots.entries[launched.slots] == launched.entries
+        own, new = launched.slots[runs], tokens[runs]
+        slots.pending[own] -= 1
+        slots.append(own, new)
+        is_last = slots.known[own] == slots.limits[own]
+        apart = is_last | slots.ended(own, new) | slots.guided[own] | (slots.logprobs[own] >= 0)
+        said, told = own[~apart], new[~apart]
+        outputs.columns.append(Tokens(slots.owners[said], slots.requests[said], told))
+        runs[runs] = ~apart
+        for row in np.flatnonzero(~runs).tolist():
+            sequence, token = launched.sequences[row], int(tokens[row])
+            # It may have ended, and even another have come by its name.
+            if not self._is_running(sequence):
                 continue
-            if sequence.guide is not None and (
-                failed := self._follow_guide(sequence, token, dead_ends.get(row, ""))
-            ):
-                outputs.append((key, failed))
-                continue
-            own = sequence.tokens
-            own.append(token)
-            finish: FinishReason | None = None
-            # Written out, as is all that every step does for every sequence.
-            if (
-                len(own) == sequence.max_length
-                or token in sequence.end_ids
-                or sequence.guide is not None
-            ) and (finish := _finish_reason(sequence, token)) is not None:
-                self.abort(key)
-            told = logprobs[row]
-            outputs.append((key, Output(key[1], [token], None if told is None else [told], finish)))
-        return outputs
+            if sequence.slot < 0:
+                sequence.take_late(token)
+            dead_end = launched.dead_ends.get(row, "")
+            outputs.others.append(self._tell(sequence, token, logprobs.get(row), dead_end))
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.key) is sequence
+
+    def _tell(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprobs: list[TokenLogprob] | None,
+        dead_end: str,
+    ) -> tuple[SequenceKey, Output]:
+        """What a sequence gets with its newest token, that may be its last."""
+        key = sequence.key
+        if sequence.guide is not None and (failed := self._follow_guide(sequence, token, dead_end)):
+            return key, failed
+        if (finish := _finish_reason(sequence, token)) is not None:
+            self.abort(key)
+        return key, Output(key[1], [token], None if logprobs is None else [logprobs], finish)
 
     def _take_guides(self) -> list[tuple[SequenceKey, Output]]:
         """Queue the sequences whose guides have been compiled; what those get that cannot be."""

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from fi_runtime.attention.base import Attention
+from fi_runtime.attention.base import Attention, Int64s
 from fi_runtime.engine import sampler
-from fi_runtime.engine.batches import Batch, Batches
+from fi_runtime.engine.batches import Batch
 from fi_runtime.engine.download import TokenDownload, token_downloads
 from fi_runtime.engine.guides import guided
 from fi_runtime.engine.logit_edits import edited
-from fi_runtime.engine.sequence import Chunk, Sequence
+from fi_runtime.engine.sequence import Sequence
 from fi_runtime.engine.step_graphs import StepGraphs
 from fi_runtime.kernels import sampling
 from fi_runtime.messages import TokenLogprob
@@ -23,8 +23,11 @@ from fi_runtime.upload import upload
 class Launched:
     """A step that the device computes, or has computed."""
 
+    slots: Int64s
+    """(sequences,), of those that get a token"""
+    entries: Int64s
+    """(sequences,): see ``Slots``"""
     sequences: list[Sequence]
-    """those that get a token"""
     looks_back: bool
     """whether the next one of any is chosen by its tokens, this one among them"""
     dead_ends: dict[int, str]
@@ -32,12 +35,13 @@ class Launched:
     _tokens: TokenDownload
     _logprobs: sampler.Logprobs | None
 
-    def wait(self) -> tuple[list[int], list[list[TokenLogprob] | None]]:
-        """Each sequence's token and, where it asked for them, its logprobs, once they are here."""
-        tokens: list[int] = self._tokens.wait().tolist()
-        if self._logprobs is None:
-            return tokens, [None] * len(tokens)
-        return tokens, self._logprobs.wait(tokens)
+    def wait(self) -> tuple[Int64s, dict[int, list[TokenLogprob]]]:
+        """Each sequence's token, (sequences,), and the logprobs of rows that asked for them.
+
+        Once they are here; the tokens until the next step is launched.
+        """
+        tokens: Int64s = self._tokens.wait().numpy()
+        return tokens, {} if self._logprobs is None else self._logprobs.wait(tokens)
 
 
 class Runner:
@@ -52,7 +56,6 @@ class Runner:
         self,
         model: Decoder,
         attention: Attention,
-        page_size: int,
         last_tokens: torch.Tensor,
         graphs: StepGraphs | None = None,
     ) -> None:
@@ -60,7 +63,6 @@ class Runner:
         self._attention = attention
         self._device = model.embedding.device
         self._graphs = graphs or StepGraphs()
-        self._batches = Batches(len(last_tokens) - 1, page_size)
         self._last_tokens = last_tokens
         self._downloads = itertools.cycle(token_downloads(len(last_tokens) - 1, self._device))
 
@@ -79,13 +81,12 @@ class Runner:
             torch.cuda.current_stream(self._device).query()
 
     @torch.inference_mode()
-    def launch(self, chunks: list[Chunk]) -> Launched:
-        """Have the chunks computed, and a token chosen for each that completes its sequence."""
-        batch = self._batches.of(chunks)
+    def launch(self, batch: Batch) -> Launched:
+        """Have a batch computed, and a token chosen for each sequence that is to get one."""
         sequences = batch.sequences
         if not sequences:
             self._forward(batch)
-            return Launched([], False, {}, TokenDownload(), None)
+            return Launched(batch.slots, batch.entries, [], False, {}, TokenDownload(), None)
         graphs = self._graphs.decode if batch.decodes else None
         if graphs is not None and graphs.fits(len(sequences)):
             logits = graphs.forward(
@@ -107,6 +108,8 @@ class Runner:
             there = sampling.TokenSlots(self._last_tokens, upload(batch.slots, self._device))
             chosen = sampler.choose(wanted, batch.draws, there)
         return Launched(
+            batch.slots,
+            batch.entries,
             sequences,
             batch.looks_back,
             dead_ends,

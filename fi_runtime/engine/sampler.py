@@ -1,7 +1,5 @@
 """Chooses the next tokens from logits."""
 
-from collections.abc import Sequence as Seq
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -71,9 +69,9 @@ class Logprobs:
         self._own, self._ranks = Download(own[:, 0]), Download(ranks)
         self._values, self._ids = Download(values), Download(ids)
 
-    def wait(self, tokens: Seq[int]) -> list[list[TokenLogprob] | None]:
-        """Each row's chosen token, then its likeliest ones; None where none were asked for."""
-        result: list[list[TokenLogprob] | None] = [None] * len(tokens)
+    def wait(self, tokens: npt.NDArray[np.int64]) -> dict[int, list[TokenLogprob]]:
+        """Each row's chosen token, then its likeliest ones; of rows that ask for them."""
+        result = {}
         parts = (self._own, self._ranks, self._values, self._ids)
         columns = (part.wait().tolist() for part in parts)
         for row, count, own, rank, values, ids in zip(
@@ -81,27 +79,23 @@ class Logprobs:
         ):
             likeliest = zip(ids, values, range(1, len(ids) + 1), strict=True)
             result[row] = [
-                TokenLogprob(tokens[row], own, rank),
+                TokenLogprob(int(tokens[row]), own, rank),
                 *(TokenLogprob(*one) for one in list(likeliest)[:count]),
             ]
         return result
 
 
-def logprobs(
-    logits: torch.Tensor, chosen: torch.Tensor, counts: Seq[int | None]
-) -> Logprobs | None:
+def logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: dict[int, int]) -> Logprobs | None:
     """What rows ask to be told of their tokens' probabilities; None if nothing.
 
     Args:
         logits: (rows, vocab), as the model gave them.
         chosen: (rows,), int64: the token of each row.
-        counts: of the likeliest tokens that each row asks for beside it; None: nothing.
+        counts: of the likeliest tokens, by row, for rows that ask for their own and those.
     """
-    asking = [(row, count) for row, count in enumerate(counts) if count is not None]
-    if not asking:
+    if not counts:
         return None
-    rows, wanted = zip(*asking, strict=True)
-    return Logprobs(logits, chosen, list(rows), list(wanted))
+    return Logprobs(logits, chosen, [*counts], [*counts.values()])
 
 
 def keys(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -1,8 +1,11 @@
 import math
 from collections import deque
 
+import numpy as np
+
+from fi_runtime.attention.base import Int64s
 from fi_runtime.cache.prefix_tree import PrefixTree
-from fi_runtime.engine.sequence import Chunk, Sequence
+from fi_runtime.engine.sequence import Chunks, Sequence, Slots
 
 TILE = 32
 """tokens: what a step that is replayed is padded to, so that a chunk fills it"""
@@ -50,11 +53,12 @@ class Scheduler:
         self._step_tokens = step_tokens
         self._chunk_tokens = chunk_tokens
         self._free_slots = list(reversed(range(max_sequences)))
-        self._decoding: dict[int, Chunk] = {}
-        """by slot, the next token alone of each running sequence: the same at every step"""
+        self.slots = Slots(max_sequences, page_size)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """oldest first"""
+        self._order: Int64s | None = None
+        """their slots; None: to be looked up"""
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         """of all that have been admitted for the first time"""
@@ -64,49 +68,57 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[Chunk]:
-        """The next step's chunks; empty when there is nothing to do.
-
-        Oldest sequence first, and so those that begin to run last.
-        """
-        budget, effort = self._step_tokens - len(self.running), math.inf
+    def schedule(self) -> Chunks:
+        """The next step's chunks; none when there is nothing to do."""
+        slots = self.slots
+        self._hold_pages()
+        order = self._running_slots()
+        lengths = slots.known[order] + slots.pending[order]
+        # Of the others the last token is on its way.
+        goes_on = lengths < slots.limits[order]
+        counts = np.ones(len(order), dtype=np.int64)
+        budget, effort, total = self._step_tokens - len(order), math.inf, 0
         # Prompts are computed one after another: only the youngest can be half done.
-        half_done = bool(self.running) and self.running[-1].num_uncached > 1
-        if len(self.running) > half_done:
+        half_done = bool(len(order)) and int(lengths[-1] - slots.cached[order[-1]]) > 1
+        if len(order) > half_done:
             effort = self._chunk_tokens * (len(self.waiting) + half_done)
-        chunks = []
-        index = 0
-        # A while loop, since preemption shortens the list behind the index.
-        while index < len(self.running):
-            sequence = self.running[index]
-            index += 1
-            # Written out, as is all that every step does for every sequence.
-            length = len(sequence.tokens) + sequence.pending
-            if length == sequence.max_length:
-                continue  # its last token is on its way
-            held = len(sequence.pages) * self._page_size
-            if length > held and not self._hold_pages(sequence, length):
-                continue
-            if length - sequence.num_cached == 1:
-                chunks.append(self._decoding[sequence.slot])
-            else:
-                count = _next_tokens(sequence, budget + 1, effort, len(chunks))
-                chunks.append(self._chunk(sequence, count))
-                budget -= count - 1
-                effort -= count * _weight(sequence)
-        total = sum(chunk.count for chunk in chunks) if self.waiting else 0
+        if half_done:
+            youngest = self.running[-1]
+            total = int(goes_on[:-1].sum())
+            counts[-1] = _next_tokens(youngest, budget + 1, effort, total)
+            budget -= int(counts[-1]) - 1
+            effort -= int(counts[-1]) * _weight(youngest)
+            self._compute(youngest, int(counts[-1]))
+        chunks = Chunks(order[goes_on], counts[goes_on])
+        if not (self.waiting and self._free_slots and budget > 0 and effort >= 1):
+            return chunks
+        return self._begin(chunks, budget, effort)
+
+    def _begin(self, chunks: Chunks, budget: int, effort: float) -> Chunks:
+        """These chunks, and those of sequences that begin to run beside them."""
+        slots, counts = [], []
+        total = int(chunks.counts.sum())
         while self.waiting and self._free_slots and budget > 0 and effort >= 1:
             sequence = self.waiting[0]
             if sequence.pending or not self._admit(sequence):
                 break  # one that was set back is computed again once all its tokens are known
             self.waiting.popleft()
             self.running.append(sequence)
+            self._order = None
             count = _next_tokens(sequence, budget, effort, total)
-            chunks.append(self._chunk(sequence, count, begins=True))
+            self._compute(sequence, count)
+            slots.append(sequence.slot)
+            counts.append(count)
             total += count
             budget -= count
             effort -= count * _weight(sequence)
-        return chunks
+        if not slots:
+            return chunks
+        return Chunks(
+            np.concatenate((chunks.slots, np.array(slots, dtype=np.int64))),
+            np.concatenate((chunks.counts, np.array(counts, dtype=np.int64))),
+            begins=True,
+        )
 
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, and free its pages."""
@@ -115,6 +127,11 @@ class Scheduler:
             self._stop(sequence)
         else:
             self.waiting.remove(sequence)
+
+    def _running_slots(self) -> Int64s:
+        if self._order is None:
+            self._order = np.array([one.slot for one in self.running], dtype=np.int64)
+        return self._order
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence pages for all its tokens and a slot; false if there are none."""
@@ -125,19 +142,17 @@ class Scheduler:
             return False
         sequence.pages = [*(node.page for node in nodes), *self._tree.take(needed)]
         sequence.nodes = nodes
-        sequence.num_cached = len(nodes) * self._page_size
-        sequence.slot = self._free_slots.pop()
-        self._decoding[sequence.slot] = Chunk(sequence, 1, completes=True)
+        cached = len(nodes) * self._page_size
+        self.slots.enter(self._free_slots.pop(), sequence, cached)
         if not sequence.num_generated:
             self.num_prompt_tokens += sequence.prompt_length
-            self.num_reused_tokens += sequence.num_cached
+            self.num_reused_tokens += cached
         return True
 
-    def _chunk(self, sequence: Sequence, count: int, begins: bool = False) -> Chunk:
-        """A chunk, whose full pages others may use from now on."""
+    def _compute(self, sequence: Sequence, count: int) -> None:
+        """Let others use what the next tokens fill, from now on."""
         if count > 1:
             self._keep(sequence, sequence.num_cached + count)
-        return Chunk(sequence, count, count == sequence.num_uncached, begins)
 
     def _keep(self, sequence: Sequence, tokens: int) -> None:
         """Put the full pages of the first ``tokens`` into the tree, up to one that is there."""
@@ -151,18 +166,26 @@ class Scheduler:
                 return
             nodes.append(node)
 
-    def _hold_pages(self, sequence: Sequence, length: int) -> bool:
-        """See that every token of a running sequence has its page; false if it was preempted."""
-        missing = self._pages_for(length) - len(sequence.pages)
-        while missing > self._tree.free:
-            youngest = self.running.pop()
-            self._stop(youngest)
-            self.waiting.appendleft(youngest)
-            self.num_preemptions += 1
-            if youngest is sequence:
-                return False
-        sequence.pages += self._tree.take(missing)
-        return True
+    def _hold_pages(self) -> None:
+        """See that every token of each running sequence that goes on has its page.
+
+        Where there are not enough, the youngest ones stop.
+        """
+        slots, order = self.slots, self._running_slots()
+        lengths = slots.known[order] + slots.pending[order]
+        lacks = (lengths > slots.held[order]) & (lengths < slots.limits[order])
+        for slot, length in zip(order[lacks].tolist(), lengths[lacks].tolist(), strict=True):
+            # One that has stopped for an older one lacks nothing.
+            while (sequence := slots.sequences[slot]) is not None:
+                missing = self._pages_for(length) - len(sequence.pages)
+                if missing <= self._tree.free:
+                    sequence.pages += self._tree.take(missing)
+                    slots.hold(sequence)
+                    break
+                youngest = self.running.pop()
+                self._stop(youngest)
+                self.waiting.appendleft(youngest)
+                self.num_preemptions += 1
 
     def _stop(self, sequence: Sequence) -> None:
         """Take back what a running sequence holds.
@@ -175,8 +198,9 @@ class Scheduler:
         self._tree.give_back(sequence.pages[len(sequence.nodes) :])
         self._tree.release(sequence.nodes)
         self._free_slots.append(sequence.slot)
-        del self._decoding[sequence.slot]
-        sequence.pages, sequence.nodes, sequence.slot, sequence.num_cached = [], [], -1, 0
+        self.slots.leave(sequence)
+        self._order = None
+        sequence.pages, sequence.nodes = [], []
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_size)

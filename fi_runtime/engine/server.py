@@ -18,15 +18,18 @@ from collections import defaultdict
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import zmq
 
 from fi_runtime.config import ConfigError, EngineConfig
 from fi_runtime.engine.core import BadRequest, Engine
 from fi_runtime.engine.credits import Credits
+from fi_runtime.engine.outputs import Tokens
 from fi_runtime.engine.phases import Phases, process_begin
 from fi_runtime.engine.sequence import SequenceKey
 from fi_runtime.messages import (
     HEARTBEAT_S,
+    INT64,
     NOT_A_MESSAGE,
     SHOW_STACKS,
     Abort,
@@ -75,6 +78,8 @@ class EngineServer:
         """by pidfd"""
         self._server_fd = os.pidfd_open(server_pid)
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
+        self._columns: dict[bytes, tuple[list[bytes], list[bytes]]] = defaultdict(lambda: ([], []))
+        """as ``Step`` has them: requests and tokens, in parts"""
         self._attached_before = False
         self._idle = True
         self._stats_due = self._heartbeat_due = self._sleep_due = 0.0
@@ -115,8 +120,11 @@ class EngineServer:
                 self._detach(front_end)
             # Also of work that one step begins and ends.
             self._idle = self._idle and not self._engine.busy
-            for key, output in self._engine.step():
+            outputs = self._engine.step()
+            for key, output in outputs.others:
                 self._post(key, output)
+            for columns in outputs.columns:
+                self._post_columns(columns, outputs.front_ends)
             self._send(self._new_stats())
         log.info("the last front end has left")
 
@@ -209,11 +217,19 @@ class EngineServer:
             self._engine.abort(key)
         self._credits.detach(front_end)
         self._outbox.pop(front_end, None)
+        self._columns.pop(front_end, None)
 
     def _post(self, key: SequenceKey, output: Output) -> None:
         self._outbox[key[0]].append(output)
         if output.finish is not None:
             self._credits.give_back(key[0])
+
+    def _post_columns(self, columns: Tokens, front_ends: list[bytes]) -> None:
+        for owner in np.unique(columns.owners).tolist():
+            own = columns.owners == owner
+            requests, tokens = self._columns[front_ends[owner]]
+            requests.append(columns.requests[own].astype(INT64).tobytes())
+            tokens.append(columns.tokens[own].astype(INT64).tobytes())
 
     def _new_stats(self) -> Stats | None:
         """How the engine is, once a second while it computes and once when it has nothing to do."""
@@ -228,15 +244,17 @@ class EngineServer:
         granted = self._credits.grant()
         # Any one front end, but one only: it adds counts to those of its model.
         told = {front_end: stats for front_end in [*self._front_ends][:1] if stats is not None}
-        addressed = self._outbox.keys() | granted.keys() | told.keys()
+        addressed = self._outbox.keys() | self._columns.keys() | granted.keys() | told.keys()
         if (now := time.monotonic()) >= self._heartbeat_due:
             self._heartbeat_due = now + HEARTBEAT_S
             addressed |= self._front_ends.keys()
         for front_end in addressed:
             outputs = self._outbox.get(front_end, [])
-            step = Step(outputs, granted.get(front_end, 0), told.get(front_end))
+            columns = (b"".join(parts) for parts in self._columns.get(front_end, ((), ())))
+            step = Step(outputs, granted.get(front_end, 0), told.get(front_end), *columns)
             self._say(front_end, step)
         self._outbox.clear()
+        self._columns.clear()
 
     def _say(self, front_end: bytes, message: FromEngine) -> None:
         try:

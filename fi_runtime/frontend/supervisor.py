@@ -91,7 +91,7 @@ class Supervisor:
                         link.grant(step.credits)
                     if step.stats is not None:
                         self._metrics.engine(step.stats)
-                    self._hand_out(step.outputs)
+                    self._hand_out(step.all_outputs())
                     proven = proven or any(one.finish in ANSWERED for one in step.outputs)
         return proven or time.monotonic() - link.since > PROVEN_S
 
