@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fi_runtime.engine.core import Engine
 from fi_runtime.engine.logit_edits import edited
-from fi_runtime.engine.sampler import choose, draws_of, knobs_of
+from fi_runtime.engine.sampler import choose, draws_of, knobs_of, streams_of
 from fi_runtime.engine.sequence import Sequence as Running
 from fi_runtime.kernels.sampling import TokenSlots
 from fi_runtime.messages import SamplingParams
@@ -29,7 +29,7 @@ def draws_for(rows: Sequence[SamplingParams], indices: Sequence[int]) -> torch.T
     """Of each row's parameters, for its output's token of that index: (5, rows)."""
     return draws_of(
         np.array([knobs_of(row) for row in rows]).T,
-        np.array([row.seed for row in rows], dtype=np.uint64),
+        streams_of(np.array([row.seed for row in rows], dtype=np.uint64)),
         np.array(indices, dtype=np.uint64),
     )
 

@@ -42,16 +42,14 @@ def test_a_sequence_that_begins_again_has_its_new_pages() -> None:
     sequences = [Sequence((b"", number), [1, 2, 3], params) for number in range(2)]
     slots = Slots(SEQUENCES, PAGE_SIZE)
     for slot, sequence in enumerate(sequences):
-        sequence.pages = [slot + 1]
-        slots.enter(slot, sequence, cached=2)
+        slots.enter(slot, sequence, [slot + 1], cached=2)
     batches = Batches(slots, PAGE_SIZE)
     both, one_each = np.arange(2), np.ones(2, dtype=np.int64)
     assert batches.of(Chunks(both, one_each, begins=True)).tokens.tolist() == [3, 3]
     slots.cached[both] += 1
     slots.append(both, np.array([4, 5]))
     slots.leave(sequences[1])
-    sequences[1].pages = [7]
-    slots.enter(1, sequences[1], cached=3)
+    slots.enter(1, sequences[1], [7], cached=3)
     batch = batches.of(Chunks(both, one_each, begins=True))
     assert batch.layout.pages.tolist() == [1, 7]
     assert batch.tokens.tolist() == [-1, 5]  # the one that ran on finds its own in its slot

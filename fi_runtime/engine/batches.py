@@ -1,6 +1,6 @@
 """What steps compute, in arrays; a decode step's are those of the one before it, updated."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +14,12 @@ NEXT = np.int64(-1)
 """less a slot: the token chosen last there, as ``embed`` takes it"""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Batch:
-    """One step's tokens, and the sequences that get one after it, in the order of the layout."""
+    """One step's tokens, and the sequences that get one after it, in the order of the layout.
+
+    To be launched before the next one is asked for, which may be made of it.
+    """
 
     layout: StepLayout
     tokens: Int64s
@@ -34,7 +37,7 @@ class Batch:
     indices: npt.NDArray[np.uint64]
     """(sequences,), of the token in each one's output"""
     draws: torch.Tensor
-    """of ``sampler.draws_of``; the next batch's, too, once that has been made"""
+    """of ``sampler.draws_of``"""
     filtered: bool
     """whether any sequence has a top_k, top_p or min_p"""
     decodes: bool
@@ -60,11 +63,11 @@ class Batches:
         """if it decodes"""
         self._scheduled: Int64s = np.zeros(0, dtype=np.int64)
         """its slots, as they were scheduled"""
-        self._seeds = np.zeros(0, dtype=np.uint64)
-        """of each of its sequences"""
+        self._streams = np.zeros(0, dtype=np.uint64)
+        """of ``sampler.streams_of``, for each of its sequences"""
 
     def of(self, chunks: Chunks) -> Batch:
-        """The batch of a step, which is launched before that of the next is asked for."""
+        """The batch of a step."""
         last, self._last = self._last, None  # until this one is made
         # One that begins again, with other pages, may have been there before.
         if last is None or chunks.begins or not np.array_equal(chunks.slots, self._scheduled):
@@ -74,26 +77,24 @@ class Batches:
         self._last, self._scheduled = batch if batch.decodes else None, chunks.slots
         return batch
 
-    def _next(self, last: Batch) -> Batch:
-        """Of the same sequences, each with the token that it got."""
-        contexts = last.layout.context_lens + np.int32(1)
-        page_starts, pages = last.layout.page_starts, last.layout.pages
+    def _next(self, batch: Batch) -> Batch:
+        """Of the same sequences, each with the token that it got: the last batch, changed."""
+        layout, slots = batch.layout, self._slots
+        page_starts, pages = layout.page_starts, layout.pages
         # A page more where the last one was full.
-        [grown] = np.nonzero(last.layout.context_lens % np.int32(self._page_size) == 0)
+        [grown] = np.nonzero(layout.context_lens % np.int32(self._page_size) == 0)
         if len(grown):
             counts = np.diff(page_starts)
-            new = self._slots.page(last.slots[grown], counts[grown].astype(np.int64))
+            new = slots.page(batch.slots[grown], counts[grown])
             pages = np.insert(pages, page_starts[1:][grown], new)
             counts[grown] += 1
             page_starts = starts(counts)
-        indices = last.indices + np.uint64(1)
-        last.draws.numpy()[-1] = sampler.keys(self._seeds, indices).view(np.float64)
-        return replace(
-            last,
-            layout=StepLayout(last.layout.query_starts, contexts, page_starts, pages),
-            tokens=NEXT - last.slots,
-            indices=indices,
-        )
+        contexts = layout.context_lens + np.int32(1)
+        batch.layout = StepLayout(layout.query_starts, contexts, page_starts, pages)
+        batch.tokens = NEXT - batch.slots
+        batch.indices += np.uint64(1)
+        batch.draws.numpy()[-1] = sampler.keys(self._streams, batch.indices).view(np.float64)
+        return batch
 
     def _new(self, chunks: Chunks) -> Batch:
         slots, (all_slots, counts) = self._slots, _in_turn(chunks, self._slots)
@@ -118,8 +119,8 @@ class Batches:
         completes = contexts == lengths
         own = all_slots[completes]
         indices = (lengths - slots.prompts[all_slots])[completes].astype(np.uint64)
-        self._seeds = slots.seeds[own]
-        draws = sampler.draws_of(slots.knobs[:, own], self._seeds, indices)
+        self._streams = slots.streams[own]
+        draws = sampler.draws_of(slots.knobs[:, own], self._streams, indices)
         wanted = slots.logprobs[own]
         adapters = slots.adapters[all_slots]
         return Batch(

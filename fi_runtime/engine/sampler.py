@@ -17,8 +17,13 @@ def knobs_of(params: SamplingParams) -> tuple[float, float, float, float]:
     return params.temperature, params.top_k, params.top_p, params.min_p
 
 
+def streams_of(seeds: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """What of ``keys`` is the same for all of a sequence's tokens: (rows,)."""
+    return _mix(seeds)
+
+
 def draws_of(
-    knobs: Float64s, seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
+    knobs: Float64s, streams: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
 ) -> torch.Tensor:
     """The table of ``Draws.of``: (5, rows), float64, on the host.
 
@@ -27,11 +32,11 @@ def draws_of(
 
     Args:
         knobs: (4, rows), a column of ``knobs_of`` for each.
-        seeds: (rows,).
+        streams: (rows,), of ``streams_of``.
         indices: (rows,), of the token in each row's output, 0 for the first.
     """
-    draws = np.empty((5, len(seeds)))
-    draws[:4], draws[4] = knobs, keys(seeds, indices).view(np.float64)
+    draws = np.empty((5, len(streams)))
+    draws[:4], draws[4] = knobs, keys(streams, indices).view(np.float64)
     return torch.from_numpy(draws)
 
 
@@ -98,14 +103,16 @@ def logprobs(logits: torch.Tensor, chosen: torch.Tensor, counts: dict[int, int])
     return Logprobs(logits, chosen, [*counts], [*counts.values()])
 
 
-def keys(seeds: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Random bits, 64 for each pair of seed and index.
+def keys(
+    streams: npt.NDArray[np.uint64], indices: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Random bits, 64 for each pair of a seed, of ``streams_of``, and an index.
 
     SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pseudorandom number
     generators", 2014) over the seed's hash plus the index times the golden gamma.
     """
     # Modulo 2^64, of which numpy says nothing where they are arrays.
-    return _mix(_mix(seeds) + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    return _mix(streams + (indices + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
 
 
 def _mix(z: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -71,11 +71,12 @@ class Scheduler:
     def schedule(self) -> Chunks:
         """The next step's chunks; none when there is nothing to do."""
         slots = self.slots
-        self._hold_pages()
         order = self._running_slots()
         lengths = slots.known[order] + slots.pending[order]
         # Of the others the last token is on its way.
         goes_on = lengths < slots.limits[order]
+        if self._hold_pages(order[goes_on & (lengths > slots.held[order])]):
+            return self.schedule()  # of those that are left
         counts = np.ones(len(order), dtype=np.int64)
         budget, effort, total = self._step_tokens - len(order), math.inf, 0
         # Prompts are computed one after another: only the youngest can be half done.
@@ -140,10 +141,10 @@ class Scheduler:
         if needed > self._tree.free:
             self._tree.release(nodes)
             return False
-        sequence.pages = [*(node.page for node in nodes), *self._tree.take(needed)]
+        pages = [*(node.page for node in nodes), *self._tree.take(needed)]
         sequence.nodes = nodes
         cached = len(nodes) * self._page_size
-        self.slots.enter(self._free_slots.pop(), sequence, cached)
+        self.slots.enter(self._free_slots.pop(), sequence, pages, cached)
         if not sequence.num_generated:
             self.num_prompt_tokens += sequence.prompt_length
             self.num_reused_tokens += cached
@@ -157,8 +158,11 @@ class Scheduler:
     def _keep(self, sequence: Sequence, tokens: int) -> None:
         """Put the full pages of the first ``tokens`` into the tree, up to one that is there."""
         nodes = sequence.nodes
+        if len(nodes) == tokens // self._page_size:
+            return
+        pages = sequence.pages
         for index in range(len(nodes), tokens // self._page_size):
-            page = sequence.pages[index]
+            page = pages[index]
             node = self._tree.add(nodes, sequence.tokens, page, sequence.adapter)
             if node.page != page:
                 # Computed twice at once. It goes on with its own: others read the other one.
@@ -166,26 +170,23 @@ class Scheduler:
                 return
             nodes.append(node)
 
-    def _hold_pages(self) -> None:
-        """See that every token of each running sequence that goes on has its page.
+    def _hold_pages(self, slots: Int64s) -> bool:
+        """Get each of these sequences a page more, for the one token that it gets.
 
-        Where there are not enough, the youngest ones stop.
+        Where there are not enough, the youngest ones stop; whether any has.
         """
-        slots, order = self.slots, self._running_slots()
-        lengths = slots.known[order] + slots.pending[order]
-        lacks = (lengths > slots.held[order]) & (lengths < slots.limits[order])
-        for slot, length in zip(order[lacks].tolist(), lengths[lacks].tolist(), strict=True):
-            # One that has stopped for an older one lacks nothing.
-            while (sequence := slots.sequences[slot]) is not None:
-                missing = self._pages_for(length) - len(sequence.pages)
-                if missing <= self._tree.free:
-                    sequence.pages += self._tree.take(missing)
-                    slots.hold(sequence)
-                    break
-                youngest = self.running.pop()
-                self._stop(youngest)
-                self.waiting.appendleft(youngest)
-                self.num_preemptions += 1
+        stopped = False
+        while len(slots) > self._tree.free:
+            youngest = self.running.pop()
+            slots = slots[slots != youngest.slot]
+            self._stop(youngest)
+            self.waiting.appendleft(youngest)
+            self.num_preemptions += 1
+            stopped = True
+        if len(slots):
+            indices = self.slots.held[slots] // self._page_size
+            self.slots.hold(slots, indices, self._tree.take(len(slots)))
+        return stopped
 
     def _stop(self, sequence: Sequence) -> None:
         """Take back what a running sequence holds.
@@ -200,7 +201,7 @@ class Scheduler:
         self._free_slots.append(sequence.slot)
         self.slots.leave(sequence)
         self._order = None
-        sequence.pages, sequence.nodes = [], []
+        sequence.nodes = []
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self._page_size)

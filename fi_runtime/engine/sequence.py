@@ -52,7 +52,6 @@ class Sequence:
         self.max_length = self.prompt_length + params.max_tokens
         self.slot = NONE
         """its place among those that run"""
-        self.pages: list[int] = []
         self.nodes: list[Node] = []
         """of the prefix tree; the first of its pages are theirs"""
         self._tokens = prompt
@@ -80,6 +79,11 @@ class Sequence:
         """Prompt, then output. Not to be changed."""
         self.take_new()
         return self._tokens
+
+    @property
+    def pages(self) -> list[int]:
+        """Of the cache, that it holds."""
+        return [] if self._slots is None else self._slots.pages(self.slot).tolist()
 
     @property
     def num_cached(self) -> int:
@@ -176,15 +180,17 @@ class Slots:
         """(slots, as many as any has): tokens that end it, then NONE"""
         self.knobs = np.zeros((4, most))
         """as ``sampler.draws_of`` takes them"""
-        self.seeds = np.zeros(most, dtype=np.uint64)
+        self.streams = np.zeros(most, dtype=np.uint64)
+        """likewise"""
         self._pages: Int32s = np.zeros((most, FIRST_PAGES), dtype=np.int32)
         self._new: Int64s = np.zeros((most, NEW_TOKENS), dtype=np.int64)
         self._new_counts = column()
 
-    def enter(self, slot: int, sequence: Sequence, cached: int) -> None:
-        """Have a sequence run, whose pages are known.
+    def enter(self, slot: int, sequence: Sequence, pages: list[int], cached: int) -> None:
+        """Have a sequence run.
 
         Args:
+            pages: that it holds.
             cached: its leading tokens whose keys and values are there.
         """
         params, known = sequence.params, len(sequence.tokens)
@@ -202,9 +208,9 @@ class Slots:
         self.guided[slot] = sequence.guide is not None
         self._put_ends(slot, sorted(sequence.end_ids))
         self.knobs[:, slot] = sampler.knobs_of(params)
-        self.seeds[slot] = params.seed
+        self.streams[slot] = sampler.streams_of(np.array([params.seed], dtype=np.uint64))[0]
         self._new_counts[slot] = self.held[slot] = 0
-        self.hold(sequence)
+        self.hold(np.full(len(pages), slot), np.arange(len(pages)), pages)
 
     def at(self, slot: int) -> Sequence:
         """The sequence that runs there."""
@@ -219,20 +225,23 @@ class Slots:
         self.sequences[slot] = None
         self.entries[slot] = 0
 
-    def hold(self, sequence: Sequence) -> None:
-        """Take note of pages that a sequence has got, after those that it had."""
-        slot, total = sequence.slot, len(sequence.pages)
-        if total > self._pages.shape[1]:
-            self._pages = np.pad(self._pages, ((0, 0), (0, 2 * total - self._pages.shape[1])))
-        first = self.held[slot] // self._page_size
-        self._pages[slot, first:total] = sequence.pages[first:]
-        self.held[slot] = total * self._page_size
+    def hold(self, slots: Int64s, indices: Int64s, pages: list[int]) -> None:
+        """Give sequences pages beside those that they have: (pages,) each.
 
-    def pages(self, slot: int, total: int) -> Int32s:
-        """The first pages of the sequence there: (total,), until any gets more."""
-        return self._pages[slot, :total]
+        Args:
+            slots: which one each page is for; may stand there several times.
+            indices: the page's place among that sequence's.
+        """
+        if (most := int(indices.max(initial=0))) >= self._pages.shape[1]:
+            self._pages = np.pad(self._pages, ((0, 0), (0, 2 * most - self._pages.shape[1])))
+        self._pages[slots, indices] = pages
+        np.maximum.at(self.held, slots, (indices + 1) * self._page_size)
 
-    def page(self, slots: Int64s, indices: Int64s) -> Int32s:
+    def pages(self, slot: int, total: int | None = None) -> Int32s:
+        """The first pages of the sequence there, or all that it has: (total,)."""
+        return self._pages[slot, : self.held[slot] // self._page_size if total is None else total]
+
+    def page(self, slots: Int64s, indices: Int32s) -> Int32s:
         """One page of each sequence: (sequences,)."""
         pages: Int32s = self._pages[slots, indices]
         return pages
