@@ -15,7 +15,8 @@ from msgspec import Meta
 from fi_runtime.config import MAX_INT32
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_INT32)]
-RequestId = Annotated[int, Meta(ge=0)]
+MAX_REQUEST = (1 << 63) - 1
+RequestId = Annotated[int, Meta(ge=0, le=MAX_REQUEST)]
 FinishReason = Literal["stop", "complete", "length", "cancelled", "refused", "failed"]
 """stop: by its last token, which is no part of the text; complete: all that its guide allows is
 said; refused: the engine does not run such a sequence; failed: it could not go on with it"""
@@ -158,7 +159,7 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     """Results of a step for one front end, and the credits it is granted for new sequences.
 
     Raises:
-        ValueError: ``requests`` and ``tokens`` are no columns of the same length.
+        ValueError: ``requests`` and ``tokens`` are no columns of what they should be.
     """
 
     outputs: list[Output]
@@ -177,6 +178,10 @@ class Step(msgspec.Struct, tag=True, frozen=True):
                 f"requests has {len(self.requests)} bytes and tokens {len(self.tokens)}; expected "
                 f"as many, {size} for each"
             )
+        for name, most in (("requests", MAX_REQUEST), ("tokens", MAX_INT32)):
+            column = np.frombuffer(getattr(self, name), INT64)
+            if column.min(initial=0) < 0 or column.max(initial=0) > most:
+                raise ValueError(f"{name} has a number that is none; expected 0 to {most}")
 
     def all_outputs(self) -> list[Output]:
         """Also those that are columns."""

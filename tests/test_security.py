@@ -101,6 +101,7 @@ FROM_FRONT_END = [Attach(b"a", 1), Detach(b"a"), Abort(b"a", 1), Generate(b"a", 
 FROM_ENGINE = [
     Attached(EngineInfo(1, 10, 10, "t")),
     Step([Output(1, [2], None, "stop")], 1),
+    Step([], requests=b"\1" + bytes(7), tokens=b"\2" + bytes(7)),
 ]
 BREAKS: list[Callable[[dict[str, object]], dict[str, object]]] = [
     lambda message: {**message, "type": "Exec"},
@@ -123,6 +124,24 @@ def test_each_side_refuses_what_is_no_message(
             broken = change(msgspec.msgpack.decode(encode(message)))
             with pytest.raises(msgspec.MsgspecError):
                 decode(encode(broken))
+
+
+@pytest.mark.parametrize(
+    ("requests", "tokens"),
+    [
+        (bytes(8), b""),
+        (bytes(7), bytes(7)),
+        (bytes(8), b"\xff" * 8),
+        (b"\xff" * 8, bytes(8)),
+        (bytes(8), bytes(4) + b"\1" + bytes(3)),
+    ],
+    ids=["one missing", "half a number", "negative token", "negative request", "no token"],
+)
+def test_columns_of_a_step_have_to_be_some(requests: bytes, tokens: bytes) -> None:
+    empty = msgspec.msgpack.decode(encode(Step([])))
+    assert decode_from_engine(encode({**empty, "requests": bytes(8), "tokens": bytes(8)}))
+    with pytest.raises(msgspec.ValidationError, match=r"requests|tokens"):
+        decode_from_engine(encode({**empty, "requests": requests, "tokens": tokens}))
 
 
 @given(st.binary(max_size=200))
