@@ -61,6 +61,18 @@ def test_the_checkpoints_own_end_token_ends_it_unless_ignored(
         assert engine(tmp_path).generate([PROMPT], params)[0] == plain
 
 
+@pytest.mark.parametrize("count", [0, 7, 8, 40])
+def test_each_of_however_many_stop_tokens_ends_it(checkpoint: Path, count: int) -> None:
+    running = engine(checkpoint)
+    plain = running.generate([PROMPT], GREEDY)[0].tokens
+    others = [token for token in range(199) if token not in plain][:count]
+    for stop in dict.fromkeys(plain):
+        params = msgspec.structs.replace(GREEDY, stop_token_ids=(*others, stop))
+        results = running.generate([PROMPT] * 2, [params, GREEDY])
+        assert (results[0].tokens, results[0].finish) == (plain[: plain.index(stop) + 1], "stop")
+        assert results[1].tokens == plain
+
+
 def test_no_end_before_min_tokens(checkpoint: Path) -> None:
     plain = engine(checkpoint).generate([PROMPT], GREEDY)[0].tokens
     params = msgspec.structs.replace(GREEDY, end_ids=(plain[3],), min_tokens=10)

@@ -1,6 +1,7 @@
 """Properties of scheduling and paging, whatever comes in whatever order."""
 
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from fi_runtime.cache.pages import SPARE_PAGE, OutOfPages, PagePool
 from fi_runtime.cache.prefix_tree import PrefixTree
+from fi_runtime.engine import scheduler as scheduling
 from fi_runtime.engine.scheduler import Scheduler
 from fi_runtime.engine.sequence import Chunks, Sequence
 from fi_runtime.messages import SamplingParams
@@ -51,6 +53,8 @@ def check_step(chunks: Chunks, scheduler: Scheduler, tree: PrefixTree, page_size
         assert one.pages[: len(one.nodes)] == [node.page for node in one.nodes]
     assert all(not one.pages and one.num_cached == 0 for one in scheduler.waiting)
     assert len(chunks) == len(set(chunks.slots.tolist())), "a sequence stands twice"
+    half_done = [one for one, count in scheduled(chunks, scheduler) if count < one.num_uncached]
+    assert half_done in ([], scheduler.running[-1:]), "a prompt began behind one that is half done"
     for one, count in scheduled(chunks, scheduler):
         assert one in scheduler.running
         assert 0 < count <= one.num_uncached
@@ -65,9 +69,26 @@ def check_step(chunks: Chunks, scheduler: Scheduler, tree: PrefixTree, page_size
     extra_tokens=st.integers(0, 40),
     chunk_tokens=st.integers(1, 60),
     extra_pages=st.integers(0, 40),
+    weighty=st.sampled_from([3, 10, scheduling.WEIGHTY_CONTEXT]),
+    tile=st.sampled_from([1, scheduling.TILE]),
     seed=st.integers(0, 1 << 30),
 )
 def test_everything_finishes_and_no_page_is_lost(
+    lengths: list[tuple[int, int]],
+    page_size: int,
+    max_sequences: int,
+    extra_tokens: int,
+    chunk_tokens: int,
+    extra_pages: int,
+    weighty: int,
+    tile: int,
+    seed: int,
+) -> None:
+    with mock.patch.multiple(scheduling, WEIGHTY_CONTEXT=weighty, TILE=tile):
+        check_all(lengths, page_size, max_sequences, extra_tokens, chunk_tokens, extra_pages, seed)
+
+
+def check_all(
     lengths: list[tuple[int, int]],
     page_size: int,
     max_sequences: int,
@@ -145,6 +166,24 @@ def test_a_step_that_streams_wait_for_has_a_chunk_for_each_prompt_that_waits() -
         chunks = scheduler.schedule()
         assert chunks.counts.tolist() == counts
         compute(chunks, scheduler)
+
+
+def test_a_long_prompt_moves_on_while_short_ones_come() -> None:
+    """By whole chunks: about as many steps as it takes with one prompt waiting beside it."""
+    rng = random.Random(0)
+    scheduler = Scheduler(PrefixTree(PagePool(9000), 16), 16, 64, 8192, chunk_tokens=544)
+    for number in range(20):
+        scheduler.add(sequence(number, 20, 10_000))
+    compute(scheduler.schedule(), scheduler)
+    long = sequence(99, 60_000, 5)
+    scheduler.add(long)
+    steps = 0
+    while long.num_generated == 0:
+        if len(scheduler.waiting) < 2:
+            scheduler.add(sequence(100 + steps, rng.randint(1, 40), 3))
+        compute(scheduler.schedule(), scheduler)
+        steps += 1
+        assert steps < 400
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:

@@ -221,7 +221,7 @@ class Engine:
         slots.pending[own] -= 1
         slots.append(own, new)
         is_last = slots.known[own] == slots.limits[own]
-        apart = is_last | slots.ended(own, new) | slots.guided[own] | (slots.logprobs[own] >= 0)
+        apart = is_last | slots.ended(own, new) | slots.apart[own]
         said, told = own[~apart], new[~apart]
         outputs.columns.append(Tokens(slots.owners[said], slots.requests[said], told))
         runs[runs] = ~apart

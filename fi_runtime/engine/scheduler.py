@@ -79,7 +79,7 @@ class Scheduler:
             return self.schedule()  # of those that are left
         counts = np.ones(len(order), dtype=np.int64)
         budget, effort, total = self._step_tokens - len(order), math.inf, 0
-        # Prompts are computed one after another: only the youngest can be half done.
+        # Prompts are computed one after another: none begins behind one that is half done.
         half_done = bool(len(order)) and int(lengths[-1] - slots.cached[order[-1]]) > 1
         if len(order) > half_done:
             effort = self._chunk_tokens * (len(self.waiting) + half_done)
@@ -90,8 +90,9 @@ class Scheduler:
             budget -= int(counts[-1]) - 1
             effort -= int(counts[-1]) * _weight(youngest)
             self._compute(youngest, int(counts[-1]))
+            half_done = int(counts[-1]) < youngest.num_uncached
         chunks = Chunks(order[goes_on], counts[goes_on])
-        if not (self.waiting and self._free_slots and budget > 0 and effort >= 1):
+        if half_done or not self.waiting:
             return chunks
         return self._begin(chunks, budget, effort)
 
@@ -113,6 +114,8 @@ class Scheduler:
             total += count
             budget -= count
             effort -= count * _weight(sequence)
+            if count < sequence.num_uncached:
+                break
         if not slots:
             return chunks
         return Chunks(

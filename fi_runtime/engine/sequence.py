@@ -18,6 +18,8 @@ FIRST_PAGES = 64
 """that a slot has room for at first"""
 NEW_TOKENS = 64
 """that a slot has room for before its sequence takes them"""
+MOST_ENDS = 8
+"""tokens that a slot has room for"""
 NONE = -1
 """in a column of numbers that are not negative: there is none"""
 
@@ -161,6 +163,8 @@ class Slots:
         """a number of its own each time that a sequence enters; 0: nobody is there"""
         self.front_ends: list[bytes] = []
         """that any sequence has ever come from"""
+        self._owners: dict[bytes, int] = {}
+        """places there"""
         self.owners, self.requests = column(), column()
         """its front end's place among these, and its number there"""
         self.known, self.pending, self.cached = column(), column(), column()
@@ -175,9 +179,10 @@ class Slots:
         self.logprobs = column()
         """that it wants to be told of with each token, or NONE"""
         self.looks_back = np.zeros(most, dtype=bool)
-        self.guided = np.zeros(most, dtype=bool)
-        self.ends: Int64s = np.zeros((most, 1), dtype=np.int64)
-        """(slots, as many as any has): tokens that end it, then NONE"""
+        self.ends: Int64s = np.zeros((most, MOST_ENDS), dtype=np.int64)
+        """(slots, MOST_ENDS): tokens that end it, then NONE"""
+        self.apart = np.zeros(most, dtype=bool)
+        """whether there may be more to each of its tokens: a guide, logprobs, or too many ends"""
         self.knobs = np.zeros((4, most))
         """as ``sampler.draws_of`` takes them"""
         self.streams = np.zeros(most, dtype=np.uint64)
@@ -205,8 +210,12 @@ class Slots:
         self.adapters[slot] = sequence.adapter
         self.logprobs[slot] = NONE if params.logprobs is None else params.logprobs
         self.looks_back[slot] = sequence.looks_back
-        self.guided[slot] = sequence.guide is not None
-        self._put_ends(slot, sorted(sequence.end_ids))
+        ends = [*sequence.end_ids]
+        self.ends[slot] = NONE
+        self.ends[slot, : len(ends)] = ends[:MOST_ENDS]
+        self.apart[slot] = (
+            sequence.guide is not None or params.logprobs is not None or len(ends) > MOST_ENDS
+        )
         self.knobs[:, slot] = sampler.knobs_of(params)
         self.streams[slot] = sampler.streams_of(np.array([params.seed], dtype=np.uint64))[0]
         self._new_counts[slot] = self.held[slot] = 0
@@ -264,21 +273,15 @@ class Slots:
         return tokens
 
     def ended(self, slots: Int64s, tokens: Int64s) -> npt.NDArray[np.bool_]:
-        """Whether a token ends its sequence: (sequences,) each."""
+        """Whether a token ends its sequence, which is not ``apart``: (sequences,) each."""
         found: npt.NDArray[np.bool_] = (self.ends[slots] == tokens[:, None]).any(axis=1)
         return found
 
     def _owner(self, front_end: bytes) -> int:
-        if front_end not in self.front_ends:
+        if front_end not in self._owners:
+            self._owners[front_end] = len(self.front_ends)
             self.front_ends.append(front_end)
-        return self.front_ends.index(front_end)
-
-    def _put_ends(self, slot: int, tokens: list[int]) -> None:
-        if len(tokens) > self.ends.shape[1]:
-            more = len(tokens) - self.ends.shape[1]
-            self.ends = np.pad(self.ends, ((0, 0), (0, more)), constant_values=NONE)
-        self.ends[slot] = NONE
-        self.ends[slot, : len(tokens)] = tokens
+        return self._owners[front_end]
 
 
 class Chunks:
