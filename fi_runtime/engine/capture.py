@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -12,6 +12,16 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 2.0
 """seconds between words about a capture that takes long"""
 Graph = TypeVar("Graph")
+
+
+def replay_first(graphs: Iterable[torch.cuda.CUDAGraph]) -> None:
+    """Replay new graphs one after another, to have the device take them.
+
+    The first replay of a graph uploads it, and so takes milliseconds longer than all that follow,
+    which a step that answers wait for should not.
+    """
+    for graph in graphs:
+        graph.replay()
 
 
 def capture_each(

@@ -15,7 +15,7 @@ from fi_runtime.attention.flashinfer import (
     FlashInferAttention,
     GraphDecodeAttention,
 )
-from fi_runtime.engine.capture import capture_each
+from fi_runtime.engine.capture import capture_each, replay_first
 from fi_runtime.kernels.sampling import Draws, TokenSlots, choose, scratch_for
 from fi_runtime.models import Decoder
 
@@ -52,8 +52,9 @@ class _Graph:
         self._draws = Draws.of(inputs[2:7].view(torch.float64))
         self._logits = shared.logits[:sequences]
         self._forward, self._drawn = self._capture(self._compute)
-        self._forward.replay()  # logits to try the filters with
+        replay_first([self._forward])  # logits to try the filters with, too
         self._filter, self._filtered = self._capture(functools.partial(self._choose, True))
+        replay_first([self._filter])
 
     def _capture(
         self, compute: Callable[[], torch.Tensor]

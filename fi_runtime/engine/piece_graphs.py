@@ -7,7 +7,7 @@ import torch
 
 from fi_runtime.attention.base import Int64s, StepLayout, spare_layout
 from fi_runtime.attention.flashinfer import FlashInferAttention, PieceAttention
-from fi_runtime.engine.capture import capture_each
+from fi_runtime.engine.capture import capture_each, replay_first
 from fi_runtime.engine.step_inputs import StepInputs
 from fi_runtime.kernels.heads import Heads
 from fi_runtime.models import Decoder
@@ -45,6 +45,7 @@ class _Pieces:
             self._hidden = self._compute(model, last_tokens)
             self._graphs[-1].capture_end()
         self._capturing = False
+        replay_first(self._graphs)
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         self._attention.place(layer, qkv, heads)

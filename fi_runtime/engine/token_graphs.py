@@ -12,7 +12,7 @@ from fi_runtime.attention.flashinfer import (
     FlashInferAttention,
     GraphDecodeAttention,
 )
-from fi_runtime.engine.capture import capture_each
+from fi_runtime.engine.capture import capture_each, replay_first
 from fi_runtime.engine.step_inputs import StepInputs
 from fi_runtime.models import Decoder
 
@@ -36,6 +36,7 @@ class _Pass:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, pool=pool):
             self._hidden = model(tokens, last_tokens, attention, adapters)
+        replay_first([self._graph])
 
     def replay(self, layout: StepLayout) -> torch.Tensor:
         self._attention.plan(layout)
