@@ -137,10 +137,10 @@ class TritonPythonModel:
         self._guided: deque[Submission] = deque()
         """what waits for its guide to be compiled; the first one may wait for credit instead"""
         self._guided_changed = threading.Condition()
-        # Daemons, since a server that dies does not call finalize: nothing would end them, and
-        # they would keep this process from its end.
         senders = [sender.thread for sender in self._senders]
         self._senders_core = OneCore(senders)
+        # Daemons, as the senders' are, since a server that dies does not call finalize: nothing
+        # would end them, and they would keep this process from its end.
         self._threads = [
             threading.Thread(target=self._receive, name="tokens", daemon=True),
             threading.Thread(target=self._watch, name="cancellation", daemon=True),
