@@ -53,6 +53,8 @@ from tools.serve import TritonServer
 
 MORTAL = "llm_mortal"
 """the door whose front ends are killed"""
+LAST_LINES = 100
+"""of the server's log, shown when a soak fails"""
 DOORS = (STREAMED, UNARY, MORTAL)
 CHECKPOINT = SHIPPED / STREAMED / "demo_checkpoint"
 ARGUMENTS = ["--model-control-mode=explicit", "--load-model=*"]
@@ -608,9 +610,16 @@ def soak_server(
     knobs = KNOBS | ({"kernels": str(kernels.resolve())} if kernels else {})
     repository = write_repository(folder / "repository", CHECKPOINT, knobs)
     copy_door(UNARY, repository / MORTAL, {"engine": STREAMED}, instances=1)
-    with TritonServer(repository, arguments or ARGUMENTS, log=folder / "log") as server:
-        server.wait_ready()
-        yield server
+    log = folder / "log"
+    try:
+        with TritonServer(repository, arguments or ARGUMENTS, log=log) as server:
+            server.wait_ready()
+            yield server
+    except BaseException:
+        # Its folder goes, and with it what a server that died has said of it.
+        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        print("\n".join(["The end of the server's log:", *lines]), file=sys.stderr)
+        raise
 
 
 def row_of(
