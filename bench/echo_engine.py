@@ -68,7 +68,7 @@ class EchoEngine:
         if going_on:
             owners = [self._front_ends.index(front_end) for front_end, _ in going_on]
             columns = (owners, [request for _, request in going_on], [TOKEN] * len(going_on))
-            outputs.columns.append(Tokens(*(np.array(one, dtype=np.int64) for one in columns)))
+            outputs.columns = Tokens(*(np.array(one, dtype=np.int64) for one in columns))
         return outputs
 
 

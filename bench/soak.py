@@ -610,15 +610,14 @@ def soak_server(
     knobs = KNOBS | ({"kernels": str(kernels.resolve())} if kernels else {})
     repository = write_repository(folder / "repository", CHECKPOINT, knobs)
     copy_door(UNARY, repository / MORTAL, {"engine": STREAMED}, instances=1)
-    log = folder / "log"
+    server = TritonServer(repository, arguments or ARGUMENTS, log=folder / "log")
     try:
-        with TritonServer(repository, arguments or ARGUMENTS, log=log) as server:
+        with server:
             server.wait_ready()
             yield server
     except BaseException:
         # Its folder goes, and with it what a server that died has said of it.
-        lines = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
-        print("\n".join(["The end of the server's log:", *lines]), file=sys.stderr)
+        print(f"The soak failed{server.log_tail(LAST_LINES)}", file=sys.stderr)
         raise
 
 

@@ -156,11 +156,7 @@ class Stats(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Step(msgspec.Struct, tag=True, frozen=True):
-    """Results of a step for one front end, and the credits it is granted for new sequences.
-
-    Raises:
-        ValueError: ``requests`` and ``tokens`` are no columns of what they should be.
-    """
+    """Results of a step for one front end, and the credits it is granted for new sequences."""
 
     outputs: list[Output]
     credits: int = 0
@@ -170,18 +166,6 @@ class Step(msgspec.Struct, tag=True, frozen=True):
     """INT64s: requests that got a token each and nothing else, beside those of ``outputs``"""
     tokens: bytes = b""
     """INT64s: those tokens"""
-
-    def __post_init__(self) -> None:
-        size = np.dtype(INT64).itemsize
-        if len(self.requests) != len(self.tokens) or len(self.tokens) % size:
-            raise ValueError(
-                f"requests has {len(self.requests)} bytes and tokens {len(self.tokens)}; expected "
-                f"as many, {size} for each"
-            )
-        for name, most in (("requests", MAX_REQUEST), ("tokens", MAX_INT32)):
-            column = np.frombuffer(getattr(self, name), INT64)
-            if column.min(initial=0) < 0 or column.max(initial=0) > most:
-                raise ValueError(f"{name} has a number that is none; expected 0 to {most}")
 
     def all_outputs(self) -> list[Output]:
         """Also those that are columns."""
@@ -194,6 +178,31 @@ FromEngine = Attached | Detached | Step
 
 encode = msgspec.msgpack.Encoder().encode
 decode_from_front_end = msgspec.msgpack.Decoder(FromFrontEnd).decode
-decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+_decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
 NOT_A_MESSAGE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """what decoding raises: of the wrong kind, or with text that is none, or nested too deeply"""
+
+
+def decode_from_engine(message: bytes) -> FromEngine:
+    """What the engine says.
+
+    Raises:
+        One of ``NOT_A_MESSAGE``: it is none.
+    """
+    decoded: FromEngine = _decode_from_engine(message)
+    if isinstance(decoded, Step):
+        _check_columns(decoded)
+    return decoded
+
+
+def _check_columns(step: Step) -> None:
+    size = np.dtype(INT64).itemsize
+    if len(step.requests) != len(step.tokens) or len(step.tokens) % size:
+        raise msgspec.ValidationError(
+            f"requests has {len(step.requests)} bytes and tokens {len(step.tokens)}; expected "
+            f"as many, {size} for each"
+        )
+    for name, most in (("requests", MAX_REQUEST), ("tokens", MAX_INT32)):
+        column = np.frombuffer(getattr(step, name), INT64)
+        if column.min(initial=0) < 0 or column.max(initial=0) > most:
+            raise msgspec.ValidationError(f"{name} has a number that is none; expected 0 to {most}")

@@ -85,46 +85,34 @@ def test_everything_finishes_and_no_page_is_lost(
     seed: int,
 ) -> None:
     with mock.patch.multiple(scheduling, WEIGHTY_CONTEXT=weighty, TILE=tile):
-        check_all(lengths, page_size, max_sequences, extra_tokens, chunk_tokens, extra_pages, seed)
-
-
-def check_all(
-    lengths: list[tuple[int, int]],
-    page_size: int,
-    max_sequences: int,
-    extra_tokens: int,
-    chunk_tokens: int,
-    extra_pages: int,
-    seed: int,
-) -> None:
-    rng = random.Random(seed)
-    longest = max(prompt + output for prompt, output in lengths)
-    pool = PrefixTree(PagePool(-(-longest // page_size) + 1 + extra_pages), page_size)
-    step_tokens = max_sequences + extra_tokens
-    scheduler = Scheduler(pool, page_size, max_sequences, step_tokens, chunk_tokens)
-    arriving = [sequence(i, *length) for i, length in enumerate(lengths)]
-    live: list[Sequence] = []
-    finished = 0
-    steps = 0
-    while arriving or live:
-        while arriving and rng.random() < 0.5:
-            live.append(arriving.pop())
-            scheduler.add(live[-1])
-        if live and rng.random() < 0.05:
-            scheduler.remove(live.pop(rng.randrange(len(live))))  # cancelled
-            finished += 1
-        chunks = scheduler.schedule()
-        check_step(chunks, scheduler, pool, page_size)
-        assert chunks.counts.sum() <= step_tokens
-        assert len(scheduler.running) <= max_sequences
-        assert chunks or not live, "sequences wait although nothing runs"
-        compute(chunks, scheduler)
-        finished += sum(one.num_generated == one.params.max_tokens for one in live)
-        live = [one for one in live if one.num_generated < one.params.max_tokens]
-        steps += 1
-        assert steps < 200_000, "no progress"
-    assert finished == len(lengths)
-    assert pool.free == pool.usable
+        rng = random.Random(seed)
+        longest = max(prompt + output for prompt, output in lengths)
+        pool = PrefixTree(PagePool(-(-longest // page_size) + 1 + extra_pages), page_size)
+        step_tokens = max_sequences + extra_tokens
+        scheduler = Scheduler(pool, page_size, max_sequences, step_tokens, chunk_tokens)
+        arriving = [sequence(i, *length) for i, length in enumerate(lengths)]
+        live: list[Sequence] = []
+        finished = 0
+        steps = 0
+        while arriving or live:
+            while arriving and rng.random() < 0.5:
+                live.append(arriving.pop())
+                scheduler.add(live[-1])
+            if live and rng.random() < 0.05:
+                scheduler.remove(live.pop(rng.randrange(len(live))))  # cancelled
+                finished += 1
+            chunks = scheduler.schedule()
+            check_step(chunks, scheduler, pool, page_size)
+            assert chunks.counts.sum() <= step_tokens
+            assert len(scheduler.running) <= max_sequences
+            assert chunks or not live, "sequences wait although nothing runs"
+            compute(chunks, scheduler)
+            finished += sum(one.num_generated == one.params.max_tokens for one in live)
+            live = [one for one in live if one.num_generated < one.params.max_tokens]
+            steps += 1
+            assert steps < 200_000, "no progress"
+        assert finished == len(lengths)
+        assert pool.free == pool.usable
 
 
 def test_decoding_sequences_get_their_token_beside_a_long_prompt() -> None:

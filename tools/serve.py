@@ -159,7 +159,7 @@ class TritonServer:
                 listed = json.load(response)
         except urllib.error.HTTPError as error:  # it answers only once it has tried to load all
             reason = error.read().decode(errors="replace")
-            raise ServerError(f"tritonserver could not start: {reason}{self._log_tail()}") from None
+            raise ServerError(f"tritonserver could not start: {reason}{self.log_tail()}") from None
         except (urllib.error.URLError, ConnectionError, TimeoutError):
             return None
         keys = ("name", "version", "state", "reason")
@@ -171,12 +171,12 @@ class TritonServer:
         while time.monotonic() < end:
             code = self.process.poll() if self.process else 0
             if code is not None:
-                raise ServerError(f"tritonserver ended with code {code}{self._log_tail()}")
+                raise ServerError(f"tritonserver ended with code {code}{self.log_tail()}")
             models = self.models()
             if models is not None and not any(model.state == "LOADING" for model in models):
                 return models
             time.sleep(POLL_SECONDS)
-        raise ServerError(f"the models were not loaded in {timeout:.0f} s{self._log_tail()}")
+        raise ServerError(f"the models were not loaded in {timeout:.0f} s{self.log_tail()}")
 
     def wait_ready(self, models: Iterable[str] | None = None, timeout: float = 120) -> None:
         """Wait until these models, or all there are, are ready; raise with Triton's reasons."""
@@ -184,14 +184,14 @@ class TritonServer:
         listed = self.wait_loaded(timeout)
         while not _listens(*self.address("metrics")):  # the server opens this port last
             if time.monotonic() > end:
-                raise ServerError(f"no metrics after {timeout:.0f} s{self._log_tail()}")
+                raise ServerError(f"no metrics after {timeout:.0f} s{self.log_tail()}")
             time.sleep(POLL_SECONDS)
         wanted = set(models) if models is not None else {model.name for model in listed}
         failed = wanted - {model.name for model in listed if model.state == "READY"}
         if failed:
             reasons = {m.name: m.reason for m in listed}
             details = "; ".join(f"{n}: {reasons.get(n, 'not there')}" for n in sorted(failed))
-            raise ServerError(f"not ready: {details}{self._log_tail()}")
+            raise ServerError(f"not ready: {details}{self.log_tail()}")
 
     def wait(self) -> int:
         """Wait until the server ends; its exit code."""
@@ -250,10 +250,11 @@ class TritonServer:
             for folder in private_base().glob(f"{self.pid}-*"):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _log_tail(self) -> str:
+    def log_tail(self, count: int = 20) -> str:
+        """The last lines of its log, in words to follow others; empty if there is none."""
         if self.log is None or not self.log.exists():
             return ""
-        lines = self.log.read_text(errors="replace").splitlines()[-20:]
+        lines = self.log.read_text(errors="replace").splitlines()[-count:]
         return "\n".join([f"; the end of {self.log}:", *lines])
 
 

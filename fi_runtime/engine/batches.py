@@ -97,9 +97,11 @@ class Batches:
         return batch
 
     def _new(self, chunks: Chunks) -> Batch:
-        slots, (all_slots, counts) = self._slots, _in_turn(chunks, self._slots)
-        cached = slots.cached[all_slots]
-        contexts = cached + counts
+        slots = self._slots
+        contexts = slots.cached[chunks.slots] + chunks.counts
+        order = _turns(contexts, chunks.counts)
+        all_slots, counts, contexts = chunks.slots[order], chunks.counts[order], contexts[order]
+        cached = contexts - counts
         lengths = slots.known[all_slots] + slots.pending[all_slots]
         # Only pages that hold context; a chunked prompt owns more than it has filled.
         page_counts = -(-contexts // self._page_size)
@@ -145,11 +147,10 @@ class Batches:
         )
 
 
-def _in_turn(chunks: Chunks, slots: Slots) -> tuple[Int64s, Int64s]:
-    """Slots and counts: several tokens before one, as a layout has them, the longest context first.
+def _turns(contexts: Int64s, counts: Int64s) -> Int64s:
+    """The order of sequences: several tokens before one, as a layout has them, longest ones first.
 
     Attention takes them in turn: it would else end with few of its processors at work.
     """
-    contexts = slots.cached[chunks.slots] + chunks.counts
-    order = np.lexsort((-contexts, chunks.counts == 1))
-    return chunks.slots[order], chunks.counts[order]
+    order: Int64s = np.lexsort((-contexts, counts == 1))
+    return order

@@ -223,7 +223,7 @@ class Engine:
         is_last = slots.known[own] == slots.limits[own]
         apart = is_last | slots.ended(own, new) | slots.apart[own]
         said, told = own[~apart], new[~apart]
-        outputs.columns.append(Tokens(slots.owners[said], slots.requests[said], told))
+        outputs.columns = Tokens(slots.owners[said], slots.requests[said], told)
         runs[runs] = ~apart
         for row in np.flatnonzero(~runs).tolist():
             sequence, token = launched.sequences[row], int(tokens[row])

@@ -28,16 +28,16 @@ class Outputs:
 
     def __init__(self, front_ends: list[bytes]) -> None:
         self.front_ends = front_ends
-        self.columns: list[Tokens] = []
+        self.columns: Tokens | None = None
         """of most"""
         self.others: list[tuple[SequenceKey, Output]] = []
 
     def __len__(self) -> int:
-        return len(self.others) + sum(len(each.tokens) for each in self.columns)
+        return len(self.others) + (0 if self.columns is None else len(self.columns.tokens))
 
     def __iter__(self) -> Iterator[tuple[SequenceKey, Output]]:
         """All of them, one by one."""
-        for each in self.columns:
-            for owner, request, token in zip(*(column.tolist() for column in each), strict=True):
-                yield (self.front_ends[owner], request), Output(request, [token])
+        columns = (column.tolist() for column in self.columns or ())
+        for owner, request, token in zip(*columns, strict=True):
+            yield (self.front_ends[owner], request), Output(request, [token])
         yield from self.others

@@ -89,7 +89,7 @@ class Scheduler:
             counts[-1] = _next_tokens(youngest, budget + 1, effort, total)
             budget -= int(counts[-1]) - 1
             effort -= int(counts[-1]) * _weight(youngest)
-            self._compute(youngest, int(counts[-1]))
+            self._share(youngest, int(counts[-1]))
             half_done = int(counts[-1]) < youngest.num_uncached
         chunks = Chunks(order[goes_on], counts[goes_on])
         if half_done or not self.waiting:
@@ -108,7 +108,7 @@ class Scheduler:
             self.running.append(sequence)
             self._order = None
             count = _next_tokens(sequence, budget, effort, total)
-            self._compute(sequence, count)
+            self._share(sequence, count)
             slots.append(sequence.slot)
             counts.append(count)
             total += count
@@ -153,7 +153,7 @@ class Scheduler:
             self.num_reused_tokens += cached
         return True
 
-    def _compute(self, sequence: Sequence, count: int) -> None:
+    def _share(self, sequence: Sequence, count: int) -> None:
         """Let others use what the next tokens fill, from now on."""
         if count > 1:
             self._keep(sequence, sequence.num_cached + count)

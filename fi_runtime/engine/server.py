@@ -78,8 +78,8 @@ class EngineServer:
         """by pidfd"""
         self._server_fd = os.pidfd_open(server_pid)
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
-        self._columns: dict[bytes, tuple[list[bytes], list[bytes]]] = defaultdict(lambda: ([], []))
-        """as ``Step`` has them: requests and tokens, in parts"""
+        self._columns: dict[bytes, tuple[bytes, bytes]] = {}
+        """as ``Step`` has them: requests and tokens"""
         self._attached_before = False
         self._idle = True
         self._stats_due = self._heartbeat_due = self._sleep_due = 0.0
@@ -123,8 +123,8 @@ class EngineServer:
             outputs = self._engine.step()
             for key, output in outputs.others:
                 self._post(key, output)
-            for columns in outputs.columns:
-                self._post_columns(columns, outputs.front_ends)
+            if outputs.columns is not None:
+                self._post_columns(outputs.columns, outputs.front_ends)
             self._send(self._new_stats())
         log.info("the last front end has left")
 
@@ -227,9 +227,10 @@ class EngineServer:
     def _post_columns(self, columns: Tokens, front_ends: list[bytes]) -> None:
         for owner in np.unique(columns.owners).tolist():
             own = columns.owners == owner
-            requests, tokens = self._columns[front_ends[owner]]
-            requests.append(columns.requests[own].astype(INT64).tobytes())
-            tokens.append(columns.tokens[own].astype(INT64).tobytes())
+            requests, tokens = (
+                column[own].astype(INT64).tobytes() for column in (columns.requests, columns.tokens)
+            )
+            self._columns[front_ends[owner]] = requests, tokens
 
     def _new_stats(self) -> Stats | None:
         """How the engine is, once a second while it computes and once when it has nothing to do."""
@@ -250,8 +251,9 @@ class EngineServer:
             addressed |= self._front_ends.keys()
         for front_end in addressed:
             outputs = self._outbox.get(front_end, [])
-            columns = (b"".join(parts) for parts in self._columns.get(front_end, ((), ())))
-            step = Step(outputs, granted.get(front_end, 0), told.get(front_end), *columns)
+            requests, tokens = self._columns.get(front_end, (b"", b""))
+            credits = granted.get(front_end, 0)
+            step = Step(outputs, credits, told.get(front_end), requests, tokens)
             self._say(front_end, step)
         self._outbox.clear()
         self._columns.clear()
