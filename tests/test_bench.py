@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Gemma2PreTrainedModel
 
-from bench import lora, mixed, plot_engine, prefix
+from bench import loading, lora, mixed, plot_engine, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
 from bench.families import write
@@ -62,6 +63,35 @@ def test_dummy_weights_answer_and_are_the_same_each_time(tmp_path: Path) -> None
     first, second = (Engine(config).generate([[1, 2, 3]], params)[0].tokens for _ in range(2))
     assert len(first) == 8
     assert first == second
+
+
+def test_a_written_checkpoint_is_read_and_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 10_000)
+    write("qwen3", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    rows = loading.measure("qwen3", tmp_path, torch.device("cpu"))
+    size = weight_bytes(load_model_config(tmp_path), torch.bfloat16)
+    assert [row["page_cache"] for row in rows] == ["cold", "warm"]
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.safetensors")) >= size
+    assert all(row["gigabytes"] == round(size / 1e9, 3) for row in rows)
+    assert Engine(EngineConfig(checkpoint=str(tmp_path))).model_config.vocab_size == 199
+
+
+def test_memory_that_no_file_is_behind_is_seen(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(64 << 20))
+    with loading.watched_memory() as most:
+        loading.read(file)
+    assert most[0] < loading.READERS * loading.PIECE_BYTES + (32 << 20)
+    with loading.watched_memory() as most:
+        kept = bytearray(200 << 20)
+        kept[:: 1 << 12] = bytes(len(kept[:: 1 << 12]))
+        time.sleep(10 * loading.WATCH_S)
+    assert most[0] > 150 << 20
 
 
 def test_phases_add_up_and_are_read_back_from_the_log() -> None:
