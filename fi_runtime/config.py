@@ -166,7 +166,7 @@ class EngineConfig(RequestLimits, frozen=True, kw_only=True, forbid_unknown_fiel
             ge=0,
             le=1 << 20,
             description="prompt tokens that a step computes beside decoding sequences, for each "
-            "prompt that waits, fewer at long contexts; 0: 512 on the CPU, 544 on a GPU",
+            "prompt that waits, fewer at long contexts; 0: 512 on the CPU, 480 on a GPU",
         ),
     ] = 0
     cpu_threads: Annotated[
@@ -205,7 +205,7 @@ class EngineConfig(RequestLimits, frozen=True, kw_only=True, forbid_unknown_fiel
 
 _DEVICE_DEFAULTS: dict[Device, dict[str, int]] = {
     "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512, "chunk_tokens": 512},
-    "cuda": {"max_sequences": 256, "step_tokens": 8192, "chunk_tokens": 544},
+    "cuda": {"max_sequences": 256, "step_tokens": 8192, "chunk_tokens": 480},
 }
 
 

@@ -40,7 +40,7 @@ def test_padded_piece_counts_end_with_the_maximum(most: int) -> None:
     assert sizes == sorted(set(sizes))
     assert sizes[-1:] == ([most] if most else [])
     for smaller, larger in itertools.pairwise([0, *sizes]):
-        assert larger - smaller <= max(64, smaller // 4)
+        assert larger - smaller <= 128
 
 
 def test_without_decode_graphs_there_are_none_for_short_prompts() -> None:

@@ -70,12 +70,12 @@ class StepGraphs:
 
 
 def padded_token_counts(most: int) -> list[int]:
-    """8, 16, 32, then every second tile, and the maximum itself."""
-    steps = [8, 16, 32, *range(2 * TILE, most, 2 * TILE)]
+    """8, 16, 32, multiples of 64 up to 256 and of tiles beyond, and the maximum itself."""
+    steps = [8, 16, 32, *range(64, 256, 64), *range(256, most, TILE)]
     return [*(size for size in steps if size < most), most]
 
 
 def padded_piece_counts(most: int) -> list[int]:
-    """Whole tiles up to 512 and every second beyond, and the maximum itself; none if it is 0."""
-    steps = [*range(TILE, 512, TILE), *range(512, most, 2 * TILE)]
+    """Multiples of 32 up to 256 and of tiles beyond, and the maximum itself; none if it is 0."""
+    steps = [*range(32, 256, 32), *range(256, most, TILE)]
     return [*(size for size in steps if size < most), most] if most else []
