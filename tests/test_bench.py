@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer
 from transformers import Gemma2PreTrainedModel
 
-from bench import loading, lora, mixed, plot_engine, prefix
+from bench import kernels, loading, lora, mixed, plot_engine, prefix
 from bench.cold_start import STARTED
 from bench.decode_attention import LONG_RATIO, TO_BEAT, facts
-from bench.families import write
+from bench.families import FAMILIES, write
 from bench.fidelity import config_of, fidelity_of, logprob_errors, reference, write_family
 from bench.limits import limits_of
 from bench.moe import counting
@@ -22,7 +22,7 @@ from bench.offline import work
 from bench.shapes import SHAPES, write_shape
 from bench.timeline import gaps_of, short, spans_of, times_of, totals_of
 from fi_runtime.config import EngineConfig
-from fi_runtime.engine.build import weight_bytes
+from fi_runtime.engine.build import compiled_in, weight_bytes
 from fi_runtime.engine.core import Engine
 from fi_runtime.engine.phases import Phases
 from fi_runtime.messages import SamplingParams
@@ -92,6 +92,34 @@ def test_memory_that_no_file_is_behind_is_seen(tmp_path: Path) -> None:
         kept[:: 1 << 12] = bytes(len(kept[:: 1 << 12]))
         time.sleep(10 * loading.WATCH_S)
     assert most[0] > 150 << 20
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_kernels_of_every_family_on_a_gpu_are_compiled(name: str, tmp_path: Path) -> None:
+    compiled = compiled_in(load_model_config(write_family(name, tmp_path, "cuda")))
+    there = [
+        (needed.model.head_dim, needed.model.activation, variant)
+        for needed in kernels.NEEDED
+        for variant in needed.model.variants
+        if needed.cache_dtype == torch.bfloat16 and "fa2" in needed.backends
+    ]
+    heads = {(head_dim, variant) for head_dim, _, variant in there}
+    assert {(compiled.head_dim, variant) for variant in compiled.variants} <= heads
+    assert compiled.activation in {activation for _, activation, _ in there}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("cache_dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_kernels_of_every_shape_are_compiled(
+    name: str, cache_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    compiled = compiled_in(load_model_config(write_shape(name, tmp_path)))
+    assert any(
+        compiled.variants <= needed.model.variants
+        and (compiled.head_dim, compiled.activation, cache_dtype, "fa2")
+        == (needed.model.head_dim, needed.model.activation, needed.cache_dtype, *needed.backends)
+        for needed in kernels.NEEDED
+    )
 
 
 def test_phases_add_up_and_are_read_back_from_the_log() -> None:

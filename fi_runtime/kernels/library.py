@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +60,10 @@ def flashinfer() -> ModuleType:
             "flashinfer-python is not installed, and the GPU needs it; install the package's "
             "extra: pip install 'fi-runtime[gpu]'"
         ) from None
+    if torch.version.cuda is None:
+        # Kernels that it has in CuTe ask torch for a GPU when they are imported, and expect no
+        # torch without CUDA. None of them is used here, and others can be compiled with it.
+        sys.modules.setdefault("cutlass", None)  # type: ignore[arg-type]
     # Its CUDA norms come prebuilt as the other modules do; those it prefers compile at first use.
     os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
     library = importlib.import_module("flashinfer")
