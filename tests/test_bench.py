@@ -1,6 +1,7 @@
 """What the benchmarks are made of, without the machine that they are for."""
 
 import copy
+import itertools
 import json
 import random
 import time
@@ -310,6 +311,10 @@ def test_what_is_measured_of_mixed_steps_and_shared_prefixes(
     assert not engine.busy
     assert row["itl_mixed_ms_p99"] >= row["itl_mixed_ms_p50"] > 0
     assert min(row["prefill_alone_tokens_per_s"], row["prefill_mixed_tokens_per_s"]) > 0
+    counts, totals, times = zip(*row["steps"], strict=True)
+    assert list(itertools.accumulate(counts)) == list(totals)
+    assert (totals[-1], len(counts)) == (200, 2)
+    assert min(times) > 0
     engine.tree.forget()  # whose prompts begin as the next ones do
     engine.stats()
     shared = prefix.measure_engine(engine, shared=160)
