@@ -7,11 +7,11 @@ one; for each model a real tritonserver: its start, perf_analyzer against both d
 default checkpoint the share of its tasks answered exactly; the transport alone; the engine offline
 against the same engine served; and the engine alone: how near each family's answers are to
 transformers', its peers' benchmarks, a mixture of experts, what its steps are made of, streams
-beside long prompts, shared prefixes, adapters, and how fast weights are loaded; and a server under
-faults. Each part writes its
-results file and is run whatever became of those before it; the exit code is 1 if any failed. Parts:
-tests, doctor, attention, served, transport, serving, fidelity, offline, latency, moe, timeline,
-mixed, prefix, lora, loading, soak; all where none is named.
+beside long prompts, shared prefixes, adapters, products by rows, and how fast weights are loaded;
+and a server under faults. Each part writes its results file and is run whatever became of those
+before it; the exit code is 1 if any failed. Parts: tests, doctor, attention, served, transport,
+serving, fidelity, offline, latency, moe, timeline, mixed, prefix, lora, products, loading, soak;
+all where none is named.
 """
 
 import functools
@@ -193,7 +193,10 @@ def main(
         "transport": lambda: _run("bench.transport", "4", "--out", str(out / "transport.json")),
         "serving": serving,
         **{name: functools.partial(measure, name) for name in ALONE},
-        "loading": lambda: _run("bench.loading", "--out", str(out / "loading.json")),
+        **{
+            name: functools.partial(_run, f"bench.{name}", "--out", str(out / f"{name}.json"))
+            for name in ("products", "loading")
+        },
         "soak": lambda: measure("soak", "--minutes", SOAK_MINUTES),
     }
     failed = []

@@ -20,7 +20,8 @@ from bench.fidelity import config_of, fidelity_of, logprob_errors, reference, wr
 from bench.limits import limits_of
 from bench.moe import counting
 from bench.offline import work
-from bench.shapes import SHAPES, write_shape
+from bench.products import products_of
+from bench.shapes import DENSE, SHAPES, write_shape
 from bench.timeline import gaps_of, short, spans_of, times_of, totals_of
 from fi_runtime.config import EngineConfig
 from fi_runtime.engine.build import compiled_in, weight_bytes
@@ -121,6 +122,15 @@ def test_kernels_of_every_shape_are_compiled(
         == (needed.model.head_dim, needed.model.activation, needed.cache_dtype, *needed.backends)
         for needed in kernels.NEEDED
     )
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_products_are_all_of_a_layers(name: str, tmp_path: Path) -> None:
+    config = load_model_config(write_shape(name, tmp_path))
+    layers = sum(outputs * inputs for outputs, inputs in products_of(config)) * config.layers
+    rest = PUBLISHED[name] - layers
+    tables = config.vocab_size * config.hidden_size * (1 if name == "Qwen3-0.6B" else 2)
+    assert tables < rest < tables + 1_000_000  # and norms
 
 
 def test_phases_add_up_and_are_read_back_from_the_log() -> None:
