@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fi_runtime.attention.base import Int64s, StepLayout, starts
+from fi_runtime.attention.base import Int32s, Int64s, StepLayout, starts
 from fi_runtime.engine import sampler
 from fi_runtime.engine.sequence import Chunks, Sequence, Slots
 
@@ -84,11 +84,12 @@ class Batches:
         # A page more where the last one was full.
         [grown] = np.nonzero(layout.context_lens % np.int32(self._page_size) == 0)
         if len(grown):
-            counts = np.diff(page_starts)
-            new = slots.page(batch.slots[grown], counts[grown])
-            pages = np.insert(pages, page_starts[1:][grown], new)
-            counts[grown] += 1
-            page_starts = starts(counts)
+            ends = page_starts[grown + 1]
+            new = slots.page(batch.slots[grown], ends - page_starts[grown])
+            pages = _inserted(pages, ends, new)
+            more = np.zeros_like(page_starts)
+            more[grown + 1] = 1
+            page_starts = page_starts + more.cumsum(dtype=np.int32)
         contexts = layout.context_lens + np.int32(1)
         batch.layout = StepLayout(layout.query_starts, contexts, page_starts, pages)
         batch.tokens = NEXT - batch.slots
@@ -145,6 +146,21 @@ class Batches:
             looks_back=bool(slots.looks_back[own].any()),
             logprobs={row: int(wanted[row]) for row in np.flatnonzero(wanted >= 0).tolist()},
         )
+
+
+def _inserted(array: Int32s, before: Int32s, new: Int32s) -> Int32s:
+    """The array with a number more before each of some of its places, which rise.
+
+    numpy's own takes twice as long, since it is made for more than that.
+    """
+    result = np.empty(len(array) + len(new), dtype=np.int32)
+    first = 0
+    for count, (place, number) in enumerate(zip(before.tolist(), new.tolist(), strict=True)):
+        result[first + count : place + count] = array[first:place]
+        result[place + count] = number
+        first = place
+    result[first + len(new) :] = array[first:]
+    return result
 
 
 def _turns(contexts: Int64s, counts: Int64s) -> Int64s:

@@ -189,8 +189,7 @@ class Scheduler:
             self.num_preemptions += 1
             stopped = True
         if len(slots):
-            indices = self.slots.held[slots] // self._page_size
-            self.slots.hold(slots, indices, self._tree.take(len(slots)))
+            self.slots.hold(slots, self._tree.take(len(slots)))
         return stopped
 
     def _stop(self, sequence: Sequence) -> None:

@@ -218,8 +218,10 @@ class Slots:
         )
         self.knobs[:, slot] = sampler.knobs_of(params)
         self.streams[slot] = sampler.streams_of(np.array([params.seed], dtype=np.uint64))[0]
-        self._new_counts[slot] = self.held[slot] = 0
-        self.hold(np.full(len(pages), slot), np.arange(len(pages)), pages)
+        self._new_counts[slot] = 0
+        self._make_room(len(pages))
+        self._pages[slot, : len(pages)] = pages
+        self.held[slot] = len(pages) * self._page_size
 
     def at(self, slot: int) -> Sequence:
         """The sequence that runs there."""
@@ -234,17 +236,18 @@ class Slots:
         self.sequences[slot] = None
         self.entries[slot] = 0
 
-    def hold(self, slots: Int64s, indices: Int64s, pages: list[int]) -> None:
-        """Give sequences pages beside those that they have: (pages,) each.
-
-        Args:
-            slots: which one each page is for; may stand there several times.
-            indices: the page's place among that sequence's.
-        """
-        if (most := int(indices.max(initial=0))) >= self._pages.shape[1]:
-            self._pages = np.pad(self._pages, ((0, 0), (0, 2 * most - self._pages.shape[1])))
+    def hold(self, slots: Int64s, pages: list[int]) -> None:
+        """Give each of some sequences a page more: (sequences,) each."""
+        held = self.held[slots]
+        indices = held // self._page_size
+        self._make_room(int(indices.max(initial=0)) + 1)
         self._pages[slots, indices] = pages
-        np.maximum.at(self.held, slots, (indices + 1) * self._page_size)
+        self.held[slots] = held + self._page_size
+
+    def _make_room(self, pages: int) -> None:
+        """For so many of one sequence."""
+        if (more := pages - self._pages.shape[1]) > 0:
+            self._pages = np.pad(self._pages, ((0, 0), (0, more + pages)))
 
     def pages(self, slot: int, total: int | None = None) -> Int32s:
         """The first pages of the sequence there, or all that it has: (total,)."""
