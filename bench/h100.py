@@ -10,8 +10,8 @@ transformers', its peers' benchmarks, a mixture of experts, what its steps are m
 beside long prompts, shared prefixes, adapters, products by rows, and how fast weights are loaded;
 and a server under faults. Each part writes its results file and is run whatever became of those
 before it; the exit code is 1 if any failed. Parts: tests, doctor, attention, served, transport,
-serving, fidelity, offline, latency, moe, timeline, mixed, prefix, lora, products, loading, soak;
-all where none is named.
+serving, fidelity, offline, latency, moe, timeline, mixed, prefix, lora, offline_fp8_cache,
+products, loading, soak; all where none is named.
 """
 
 import functools
@@ -169,9 +169,13 @@ def main(
 ) -> None:
     """Run every part, or those that are named."""
 
-    def measure(module: str, *options: str) -> None:
+    def measure(module: str, *options: str, name: str = "") -> None:
         given = ("--kernels", str(kernels)) if kernels else ()
-        _run(f"bench.{module}", *options, *given, "--out", str(out / f"{module}.json"))
+        _run(f"bench.{module}", *options, *given, "--out", str(out / f"{name or module}.json"))
+
+    def offline_fp8_cache() -> None:
+        options = (*PEERS, "--cache-dtype", "fp8")
+        measure("offline", *options, name="offline_fp8_cache")
 
     def attention() -> None:
         given = {"--old": old, "--old-kernels": old_kernels}
@@ -193,6 +197,7 @@ def main(
         "transport": lambda: _run("bench.transport", "4", "--out", str(out / "transport.json")),
         "serving": serving,
         **{name: functools.partial(measure, name) for name in ALONE},
+        "offline_fp8_cache": offline_fp8_cache,
         **{
             name: functools.partial(_run, f"bench.{name}", "--out", str(out / f"{name}.json"))
             for name in ("products", "loading")

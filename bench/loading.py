@@ -4,8 +4,8 @@
 
 Writes a sharded checkpoint of a shape of ``bench.shapes`` with random weights, reads its files with
 several threads, and loads it as the engine does: once with the files only on disk, and once with
-them in the page cache. Beside it, how much host memory loading takes at most: what is neither page
-cache nor there before. Needs a GPU, and as much room on disk as the checkpoint takes.
+them in the page cache. Beside it, how much memory of its own the process takes at most for it:
+neither page cache nor pinned buffers. Needs a GPU, and room on disk for the checkpoint.
 """
 
 import json
@@ -100,18 +100,18 @@ def forget(files: list[Path]) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read(file: Path) -> None:
-    """All of it, with several threads, each into a buffer of its own."""
+def read(file: Path) -> int:
+    """All of it, with several threads, each into a buffer of its own; how many bytes that is."""
     offsets = range(0, file.stat().st_size, PIECE_BYTES)
     local = threading.local()
     with file.open("rb", buffering=0) as opened, ThreadPoolExecutor(READERS) as readers:
 
-        def read_piece(offset: int) -> None:
+        def read_piece(offset: int) -> int:
             if not hasattr(local, "buffer"):
                 local.buffer = bytearray(PIECE_BYTES)
-            os.preadv(opened.fileno(), [local.buffer], offset)
+            return os.preadv(opened.fileno(), [local.buffer], offset)
 
-        list(readers.map(read_piece, offsets))
+        return sum(readers.map(read_piece, offsets))
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def _anonymous() -> int:
 def measure(model: str, folder: Path, device: torch.device) -> list[dict[str, Any]]:
     """A row for each state of the page cache, of the shape whose config.json is in the folder.
 
-    Keys: model, gigabytes, page_cache, read_s, load_s, host_gigabytes (at most, beside the cache).
+    Keys: model, gigabytes, page_cache, read_s, load_s, host_gigabytes (of its own, at most).
     """
     config = load_model_config(folder)
     build(config, _Written(folder, device))
@@ -159,8 +159,7 @@ def measure(model: str, folder: Path, device: torch.device) -> list[dict[str, An
                 if load:
                     build(config, CheckpointWeights(folder, torch.bfloat16, device))
                 else:
-                    for file in files:
-                        read(file)
+                    assert sum(map(read, files)) == sum(file.stat().st_size for file in files)
             times.append(time.perf_counter() - begin)
             release()
         rows.append(

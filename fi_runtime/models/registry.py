@@ -31,8 +31,8 @@ ARCHITECTURES = {
     "Phi3ForCausalLM": PHI3,
 }
 REFUSED = {
-    "GptOssForCausalLM": "its attention has sinks, which neither FlashInfer's plain FA2 wrappers "
-    "nor the CPU's attention take, and its experts come in MXFP4",
+    "GptOssForCausalLM": "its attention has sinks, and its experts come in MXFP4; neither is "
+    "computed here yet",
 }
 """Architectures that are asked for, and why they are not served."""
 
