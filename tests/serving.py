@@ -398,6 +398,12 @@ def stream(server: TritonServer, **inputs: Any) -> list[Response]:
     return responses
 
 
+def list_of(response: Response, name: str) -> list[Any]:
+    """An output's elements, without the dimension of the batch."""
+    values: list[Any] = response.outputs[name][0].tolist()
+    return [value.decode() if isinstance(value, bytes) else value for value in values]
+
+
 def infer_grpc(
     server: TritonServer, *, parameters: dict[str, Any] | None = None, **inputs: Any
 ) -> Response:

@@ -17,7 +17,6 @@ from tests.serving import (
     TENSORRT,
     VLLM,
     Reference,
-    Response,
     Stream,
     at_once,
     byte_tokenizer,
@@ -26,6 +25,7 @@ from tests.serving import (
     infer_grpc,
     infer_http,
     joined,
+    list_of,
     stream,
     tensors_of,
 )
@@ -38,12 +38,6 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 def sampling(**knobs: Any) -> str:
     return json.dumps({"max_tokens": TOKENS, "temperature": 0, **knobs})
-
-
-def list_of(response: Response, name: str) -> list[Any]:
-    """An output's elements, without the dimension of the batch."""
-    values: list[Any] = response.outputs[name][0].tolist()
-    return [value.decode() if isinstance(value, bytes) else value for value in values]
 
 
 # Several answers to one prompt

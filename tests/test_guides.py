@@ -96,6 +96,69 @@ def sampled(guide: Guide, vocab_size: int, eos_ids: Iterable[int], seed: int) ->
     return tokens
 
 
+ENDLESS: dict[str, dict[str, Any]] = {
+    "bounded by nothing": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+        "required": ["name", "age"],
+    },
+    "any object": {"type": "object"},
+    "any": {},
+    "array": {"type": "array", "items": {"type": "number"}},
+    "nested": {
+        "type": "object",
+        "properties": {
+            "a": {"type": "array", "items": {"type": "string", "minLength": 2}, "minItems": 2},
+            "b": {"type": "object", "properties": {"c": {"enum": ["red", "green"]}}},
+        },
+        "required": ["a"],
+    },
+}
+
+
+@pytest.mark.parametrize("most", [40, 64, 200])
+@pytest.mark.parametrize("schema", ENDLESS.values(), ids=ENDLESS)
+def test_json_ends_while_there_are_tokens_left(
+    schema: dict[str, Any], most: int, endless_bytes: Guides, demo: Guides
+) -> None:
+    """Whatever is drawn, with an end token and without, in tokens of a byte and longer ones."""
+    guide = guide_of(json=schema)
+    for seed in range(10):
+        with_end = drawn(demo.start(guide), DEMO_VOCAB, most, seed)
+        found = json.loads(DEMO_TOKENIZER.decode(with_end))
+        without = drawn(endless_bytes.start(guide), 256, most, seed)
+        again = json.loads(bytes(without))
+        for one in (found, again):
+            assert set(schema.get("required", [])) <= set(one if isinstance(one, dict) else [])
+
+
+def test_what_cannot_end_in_time_goes_on_as_it_would(demo: Guides) -> None:
+    guide = demo.start(guide_of(json=ENDLESS["nested"]))
+    assert len(drawn(guide, DEMO_VOCAB, 10, 0)) == 10
+    assert not guide.is_complete
+    # Nor is anything forced where there is time.
+    bounded, free = (demo.start(guide_of(json=ENDLESS["any"])) for _ in range(2))
+    row, other = (np.zeros(mask_words(DEMO_VOCAB), dtype=np.int32) for _ in range(2))
+    bounded.fill(row, 100)
+    free.fill(other)
+    assert (row == other).all()
+
+
+def drawn(guide: Guide, vocab_size: int, most: int, seed: int) -> list[int]:
+    """As ``sampled``, but so many tokens at most, an end token among them."""
+    draw, tokens = random.Random(seed), list[int]()
+    row = np.empty(mask_words(vocab_size), dtype=np.int32)
+    while len(tokens) < most and not (tokens and guide.is_complete):
+        guide.fill(row, most - len(tokens))
+        bits = np.unpackbits(row.view(np.uint8), bitorder="little")
+        token = int(draw.choice(np.flatnonzero(bits)))
+        guide.advance(token)
+        if token in guide.eos_ids:
+            break
+        tokens.append(token)
+    return tokens
+
+
 def texts(guide: str, endless_bytes: Guides, demo: Guides, seed: int) -> list[str]:
     """What comes of a guide with each vocabulary."""
     tokens = sampled(endless_bytes.start(guide), 256, (), seed)
@@ -197,6 +260,18 @@ def _accepts(guide: Guide, text: str) -> bool:
         ({"jsn": {}}, ["unknown key 'jsn'", "known are json, regex"]),
         ({"json": {}, "regex": "a"}, ["json and regex", "give one"]),
         ({"json": 5}, ["json=5", "object"]),
+        (
+            {
+                "json": {
+                    "properties": {f"p{i}": {"type": "string" if i < 9 else "x"} for i in range(40)}
+                }
+            },
+            ["Invalid type: x, at /properties/p9"],
+        ),
+        (
+            {"json": {"items": {"anyOf": [{}, {"minLength": "x"}]}}},
+            ["minLength", "at /items/anyOf/1"],
+        ),
         ({"json": '{"a": }'}, ["json='{\"a\": }'", "line 1 column 7"]),
         ({"json": "[" * 50_000}, ["json=", "JSON schema"]),
         ({"json": "[1]"}, ["json='[1]'", "must be an object or boolean"]),

@@ -40,6 +40,7 @@ from tests.serving import (
     infer_http,
     is_idle,
     joined,
+    list_of,
     post,
     processes,
     stream,
@@ -584,6 +585,30 @@ def test_the_shipped_model_adds(shipped: TritonServer) -> None:
     for door in (STREAMED, UNARY):
         status, body = generate(shipped, door, text_input="17+25=", max_tokens=8, temperature=0)
         assert (status, body["text_output"]) == (200, "17+25=42")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_the_shipped_models_json_parses(shipped: TritonServer, temperature: float) -> None:
+    """Although it has never seen any, and would not end its strings."""
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "age": {"type": "integer", "maximum": 120}},
+        "required": ["name", "age"],
+    }
+    for guide in ({"json": schema}, {"json_object": True}):
+        knobs = json.dumps({"structured_outputs": guide, "n": 8, "temperature": temperature})
+        for max_tokens in (40, 200):
+            response = infer_grpc(
+                shipped,
+                text_input="as JSON: ",
+                max_tokens=max_tokens,
+                sampling_parameters=knobs,
+                exclude_input_in_output=True,
+            )
+            answers = [json.loads(text) for text in list_of(response, "text_output")]
+            assert len(answers) == 8
+            if "json" in guide:
+                assert all(isinstance(one["name"], str) and one["age"] <= 120 for one in answers)
 
 
 def test_the_shipped_model_answers_what_it_was_not_trained_on(shipped: TritonServer) -> None:

@@ -1,5 +1,6 @@
 """Guided decoding: which tokens a schema, a regex or a grammar lets follow."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,18 @@ END = "<|end of the guide|>"
 tokenizer; llguidance needs one."""
 
 
+CLOSING = '}]"0123456789:,tnf[{'
+"""What JSON is ended with soonest, the first that is allowed at each place; other grammars end with
+whatever is allowed, if they do"""
+RESERVE = 16
+"""tokens: a guide is ended that much sooner than it must be, since one token may begin what takes
+several to end"""
+MOST_TO_END = 256
+"""tokens that an ending is looked for with: some milliseconds, for which all sequences wait"""
+AN_END = -1
+"""in a list of tokens: any that ends a sequence"""
+
+
 class DeadEnd(Exception):
     """No token of the vocabulary may follow."""
 
@@ -41,6 +54,22 @@ class _Vocabulary:
     ends: Words
     """(mask_words,): those that end a sequence"""
     eos_ids: frozenset[int]
+    closing: dict[str, int]
+    """the tokens of ``CLOSING`` that there are"""
+
+    def toward_end(self, allowed: Words) -> int | None:
+        """The allowed token that JSON is probably ended with soonest; None: none is allowed."""
+        there = [one for one, token in self.closing.items() if _holds(allowed, token)]
+        # Where both brackets may stand it is within a string.
+        if '"' in there and there[:2] == [*"}]"]:
+            return self.closing['"']
+        if there:
+            return self.closing[there[0]]
+        [some] = np.nonzero(allowed)
+        if not len(some):
+            return None
+        lowest = int(allowed[some[0]])
+        return 32 * int(some[0]) + (lowest & -lowest).bit_length() - 1
 
 
 class Guides:
@@ -94,14 +123,17 @@ class Guides:
         keep &= ~ends
         keep[end : end + 1] = False
         reachable = frozenset(token for token in self._eos_ids if token < self._vocab_size)
-        return _Vocabulary(made, end, _packed(keep), _packed(ends), reachable)
+        tokens = {character: made.greedy_tokenize(character) for character in CLOSING}
+        closing = {one: own[0] for one, own in tokens.items() if len(own) == 1 and own[0] != end}
+        return _Vocabulary(made, end, _packed(keep), _packed(ends), reachable, closing)
 
 
 class Guide:
     """What has been generated of a guided sequence, and what may follow.
 
     Where the text that follows is settled, only the tokens that the tokenizer writes it with are
-    allowed. Not for two threads at once.
+    allowed. Where few tokens are left, only those that end it in time, if they are enough. Not for
+    two threads at once.
     """
 
     def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary) -> None:
@@ -110,11 +142,18 @@ class Guide:
         self._ended = False
         self._next: tuple[Words, bool] | None = None
         """tokens of text that may follow, and whether an end may; None until asked for"""
+        self._ending: list[int] = []
+        """tokens that have to follow, AN_END for the last, once there is no more time for others"""
+        self._reserve: int | None = None
+        """``RESERVE``, or less where there are few tokens from the beginning"""
+        self._look_at = math.inf
+        """tokens left at which it is time to see again what an ending takes"""
 
-    def fill(self, row: npt.NDArray[np.int32]) -> None:
+    def fill(self, row: npt.NDArray[np.int32], left: int | None = None) -> None:
         """Write the mask of the tokens that may come next.
 
         Args:
+            left: tokens that may come, this one among them; None: any number.
             row: (mask_words(vocab_size),); its bits are set for tokens that are allowed. Those of
                 end-of-sequence tokens are set exactly where the guide may end, whatever text such
                 a token stands for; those beyond the vocabulary never.
@@ -127,6 +166,8 @@ class Guide:
         row[:] = 0
         text, may_end = self._allowed()
         allowed = text | self._vocabulary.ends if may_end else text
+        if left is not None and (token := self._must_follow(left)) is not None:
+            allowed = self._vocabulary.ends if token == AN_END else _only(token, len(row))
         if not allowed.any():
             raise DeadEnd(
                 "it is complete, and the model has no end-of-sequence token"
@@ -150,6 +191,8 @@ class Guide:
         if not taken:
             raise ValueError(f"token {token} is not allowed by the guide")
         self._next = None
+        # What is banned beside may have left another one.
+        self._ending = self._ending[1:] if self._ending[:1] == [token] else []
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -168,6 +211,40 @@ class Guide:
         except DeadEnd:  # for fill to tell
             return False
         return may_end and not text.any()
+
+    def _must_follow(self, left: int) -> int | None:
+        """The token without which the guide would not end within those left; None: any may."""
+        if not self._ending and left <= self._look_at:
+            ending = self._soonest_end(min(left, MOST_TO_END))
+            if ending is None:
+                self._look_at = left // 2
+                return None
+            if self._reserve is None:
+                self._reserve = min(RESERVE, (left - len(ending)) // 2)
+            spare = left - len(ending) - self._reserve
+            if spare <= 0:
+                self._ending = ending
+            # Looking takes a fraction of a millisecond; most tokens add one to an ending at most.
+            self._look_at = left - max(1, spare // 2)
+        return self._ending[0] if self._ending else None
+
+    def _soonest_end(self, most: int) -> list[int] | None:
+        """Tokens that end the guide from here, few if not the fewest; None: not within ``most``."""
+        if self._ended:
+            return []
+        matcher, vocabulary = self._matcher.deep_copy(), self._vocabulary
+        tokens: list[int] = []
+        while not matcher.is_accepting():
+            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)
+            shared = min(len(mask), len(vocabulary.keep))
+            allowed = mask[:shared] & vocabulary.keep[:shared]
+            token = vocabulary.toward_end(allowed)
+            if token is None or len(tokens) == most or not matcher.consume_token(token):
+                return None
+            tokens.append(token)
+        if vocabulary.eos_ids:
+            tokens.append(AN_END)
+        return tokens if len(tokens) <= most else None
 
     def _allowed(self) -> tuple[Words, bool]:
         keep = self._vocabulary.keep
@@ -205,7 +282,10 @@ def apply(logits: torch.Tensor, rows: list[int], masks: npt.NDArray[np.int32]) -
 
 
 def guided(
-    logits: torch.Tensor, edited: torch.Tensor, guides: Sequence[Guide | None]
+    logits: torch.Tensor,
+    edited: torch.Tensor,
+    guides: Sequence[Guide | None],
+    left: Sequence[int],
 ) -> tuple[torch.Tensor, dict[int, str]]:
     """The edited logits of tokens that each row's guide allows, if it has one.
 
@@ -216,6 +296,7 @@ def guided(
         logits: (rows, vocab), as the model gave them; stay as they are.
         edited: (rows, vocab), with biases, bans and penalties; stay as they are, too.
         guides: of each row.
+        left: tokens that each row may still get, this one among them.
 
     Returns:
         (rows, vocab), and why there is a dead end for rows that have met one.
@@ -227,7 +308,7 @@ def guided(
         guide = guides[row]
         assert guide is not None
         try:
-            guide.fill(masks[place])
+            guide.fill(masks[place], left[row])
         except DeadEnd as error:
             dead_ends[row] = str(error)
     result = edited.clone()
@@ -238,6 +319,16 @@ def guided(
         empty = result.amax(dim=-1, keepdim=True) == float("-inf")
         result = torch.where(empty, alone, result)
     return result, dead_ends
+
+
+def _only(token: int, words: int) -> Words:
+    mask = np.zeros(words, dtype=np.uint32)
+    mask[token // 32] = np.uint32(1 << token % 32)
+    return mask
+
+
+def _holds(mask: Words, token: int) -> bool:
+    return token // 32 < len(mask) and bool(int(mask[token // 32]) >> token % 32 & 1)
 
 
 def _packed(bits: npt.NDArray[np.bool_]) -> Words:

@@ -101,7 +101,8 @@ class Runner:
             wanted = edited(logits, sequences)
             guides = [sequence.guide for sequence in sequences]
             if any(guides):
-                wanted, dead_ends = guided(logits, wanted, guides)
+                left = [sequence.max_length - sequence.length for sequence in sequences]
+                wanted, dead_ends = guided(logits, wanted, guides, left)
         if graphs is not None and wanted is logits:
             chosen = graphs.choose(batch.filtered, len(sequences))
         else:

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,12 @@ ASKS_FOR_NOTHING: dict[str, tuple[object, ...]] = {
 }
 """vLLM's other keys, and the values beside null and false that this build fulfils"""
 
+BY_NAME = ("/properties", "/patternProperties", "/$defs", "/definitions")
+"""what holds schemas by name in a JSON schema"""
+PLACE_S = 0.5
+"""for which it is looked where a schema is wrong"""
+SOME_WHITESPACE = r"( |\n {0,16})?"
+"""between the parts of JSON, where the client says nothing: of any amount some models never end"""
 WHITESPACE: dict[str, type] = {"disable_any_whitespace": bool, "whitespace_pattern": str}
 """vLLM's keys that say what may stand between the parts of JSON"""
 
@@ -62,8 +70,22 @@ class Guide:
             {"kind": self.kind, "text": self.text, "options": self.options}
         )
         if reason:
-            raise _bad(f"{self.of}={short(self.given)}", _readable(reason))
+            place = self._place(reason) if self.kind == "json_schema" else ""
+            raise _bad(f"{self.of}={short(self.given)}", _readable(reason) + place)
         return grammar
+
+    def _place(self, reason: str) -> str:
+        """Where in a schema the innermost part is that is wrong in this way by itself."""
+        begin, path, part = time.monotonic(), "", json.loads(self.text)
+        inner = [*_parts(part)]
+        while inner and time.monotonic() - begin < PLACE_S:
+            name, one = inner.pop(0)
+            question: dict[str, object]
+            question = {"kind": self.kind, "text": json.dumps(one), "options": self.options}
+            if _checker.check(question)[1] == reason:
+                path += name
+                inner = [*_parts(one)]
+        return f", at {path}" if path else ""
 
 
 def guide_of_vllm(
@@ -172,17 +194,27 @@ def _json(
     except (ValueError, RecursionError) as error:
         raise _bad(f"{of}={short(given)}", f"expected a JSON schema: {error}") from None
     # Written anew: llguidance pastes a schema's text into its own JSON.
-    return Guide("json_schema", json.dumps(schema), given, of, options or {}, part)
+    if schema is True:
+        schema = {}  # which is the same, and takes options
+    if not isinstance(schema, dict):
+        options = {}  # for llguidance to say what is wrong
+    elif options is None:
+        options = _some_whitespace()
+    return Guide("json_schema", json.dumps(schema), given, of, options, part)
+
+
+def _some_whitespace() -> dict[str, object]:
+    return {"whitespace_pattern": SOME_WHITESPACE}
 
 
 def _whitespace(given: dict[str, object], name: str) -> tuple[dict[str, object], Guide | None]:
     """Llguidance's options for what vLLM's say, and the pattern among them."""
     for key in WHITESPACE.keys() & given.keys():
         _is(given[key], WHITESPACE[key], f"{name}: {key}")
-    options: dict[str, object] = {}
+    options = _some_whitespace()
     part = None
     if "disable_any_whitespace" in given:
-        options["whitespace_flexible"] = False
+        options = {"whitespace_flexible": False}
     if "whitespace_pattern" in given:
         pattern = str(given["whitespace_pattern"])
         part = Guide("regex", pattern, pattern, f"{name}: whitespace_pattern")
@@ -203,6 +235,27 @@ def _check_size(text: str, of: str, most: int) -> None:
     size = len(text.encode(errors="surrogatepass"))
     if size > most:
         raise _bad(of, f"the guide has {size} bytes; at most {most} are taken")
+
+
+def _parts(schema: object) -> Iterator[tuple[str, object]]:
+    """The schemas within a schema, and the place of each as a JSON pointer."""
+    for name, part in _named(schema):
+        for inner, one in (
+            _named(part) if name in BY_NAME or isinstance(part, list) else [("", part)]
+        ):
+            if isinstance(one, dict):
+                yield name + inner, one
+
+
+def _named(value: object) -> Iterator[tuple[str, object]]:
+    """What is in an object or a list, and its place there."""
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, part in items:
+        yield "/" + str(key).replace("~", "~0").replace("/", "~1"), part
 
 
 def _is(value: object, expected: Any, of: str) -> Any:
