@@ -295,6 +295,7 @@ def measure(
         {
             "model": model,
             "concurrency": load.streams,
+            "rounds": load.rounds,
             **{name: round(value, 3) for name, value in (own | row).items()},
         }
         for load, own, row in zip(loads, alone, served, strict=True)
