@@ -400,8 +400,9 @@ def fits(text: str) -> bool:
 def test_answers_fit_the_schema_at_any_temperature(
     server: TritonServer, temperature: float
 ) -> None:
-    guide = {"json": SCHEMA, "disable_any_whitespace": True}
-    knobs = sampling(n=8, temperature=temperature, max_tokens=120, structured_outputs=guide)
+    knobs = sampling(
+        n=8, temperature=temperature, max_tokens=120, structured_outputs={"json": SCHEMA}
+    )
     response = infer_grpc(
         server,
         text_input="as JSON: ",

@@ -19,6 +19,7 @@ from tests.serving import (
     Stream,
     engines,
     grpc_client,
+    is_free,
     is_idle,
     joined,
     metric,
@@ -218,6 +219,7 @@ def test_after_a_storm_of_cancellations_everything_is_as_before(
         cancelled += len(streams)
     [engine] = engines(narrow)
     wait_until(lambda: is_idle(engine), 30, "the engine is idle")
+    wait_until(lambda: is_free(narrow), 10, "no request has a page")
     for _ in range(HELD + 3):  # more than there are credits: none was lost
         with Stream(narrow, **SHORT) as stream:
             assert joined(list(stream)) == reference.text("short", 5)
