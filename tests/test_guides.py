@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from fi_runtime.config import GUIDE_BYTES
-from fi_runtime.engine.guides import DeadEnd, Guide, Guides, apply, mask_words
+from fi_runtime.engine.guides import DeadEnd, Guide, Guides, apply, guided, mask_words
 from fi_runtime.frontend import guides
 from fi_runtime.frontend.errors import RequestError
 from tests.serving import byte_tokenizer
@@ -104,7 +104,12 @@ ENDLESS: dict[str, dict[str, Any]] = {
     },
     "any object": {"type": "object"},
     "any": {},
-    "array": {"type": "array", "items": {"type": "number"}},
+    "array": {"type": "array", "items": {"type": "number"}, "minItems": 4},
+    "a number first": {
+        "type": "object",
+        "properties": {"price": {"type": "number"}, "name": {"type": "string"}},
+        "required": ["price", "name"],
+    },
     "nested": {
         "type": "object",
         "properties": {
@@ -139,9 +144,35 @@ def test_what_cannot_end_in_time_goes_on_as_it_would(demo: Guides) -> None:
     # Nor is anything forced where there is time.
     bounded, free = (demo.start(guide_of(json=ENDLESS["any"])) for _ in range(2))
     row, other = (np.zeros(mask_words(DEMO_VOCAB), dtype=np.int32) for _ in range(2))
-    bounded.fill(row, 100)
+    bounded.fill(row)
+    assert not bounded.narrow(row, 100)
     free.fill(other)
     assert (row == other).all()
+
+
+def test_other_guides_are_not_ended_sooner(demo: Guides) -> None:
+    guide = demo.start(guide_of(regex="[0-9]{1,10}"))
+    row = np.zeros(mask_words(DEMO_VOCAB), dtype=np.int32)
+    for left in range(10, 0, -1):
+        guide.fill(row)
+        assert not guide.narrow(row, left)
+        guide.advance(DEMO_TOKENIZER.encode("7").ids[0])
+
+
+def test_what_is_banned_is_not_forced(demo: Guides) -> None:
+    """The answer may then be cut off."""
+    guide = demo.start(guide_of(json={"type": "string"}))
+    quote = DEMO_TOKENIZER.encode('"').ids[0]
+    logits = torch.randn(1, DEMO_VOCAB, generator=torch.Generator().manual_seed(0))
+    for left in range(40, 0, -1):
+        edited = logits.clone()
+        if left < 40:
+            edited[0, quote] = -torch.inf
+        wanted, dead_ends = guided(logits, edited, [guide], [left])
+        assert not dead_ends
+        token = int(wanted[0].argmax())
+        assert left == 40 or token != quote
+        guide.advance(token)
 
 
 def drawn(guide: Guide, vocab_size: int, most: int, seed: int) -> list[int]:
@@ -149,7 +180,8 @@ def drawn(guide: Guide, vocab_size: int, most: int, seed: int) -> list[int]:
     draw, tokens = random.Random(seed), list[int]()
     row = np.empty(mask_words(vocab_size), dtype=np.int32)
     while len(tokens) < most and not (tokens and guide.is_complete):
-        guide.fill(row, most - len(tokens))
+        guide.fill(row)
+        guide.narrow(row, most - len(tokens))
         bits = np.unpackbits(row.view(np.uint8), bitorder="little")
         token = int(draw.choice(np.flatnonzero(bits)))
         guide.advance(token)
@@ -271,6 +303,20 @@ def _accepts(guide: Guide, text: str) -> bool:
         (
             {"json": {"items": {"anyOf": [{}, {"minLength": "x"}]}}},
             ["minLength", "at /items/anyOf/1"],
+        ),
+        (
+            {
+                "json": {
+                    "examples": [{"type": "x"}],
+                    "properties": {"a": {"$ref": "#/$defs/b"}, "c": {"type": "x"}},
+                    "$defs": {"b": {"type": "string"}},
+                }
+            },
+            ["at /properties/c"],
+        ),
+        (
+            {"json": {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": "x"}}}},
+            ["at /$defs/b"],
         ),
         ({"json": '{"a": }'}, ["json='{\"a\": }'", "line 1 column 7"]),
         ({"json": "[" * 50_000}, ["json=", "JSON schema"]),

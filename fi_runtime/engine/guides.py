@@ -1,5 +1,6 @@
 """Guided decoding: which tokens a schema, a regex or a grammar lets follow."""
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,16 @@ END = "<|end of the guide|>"
 tokenizer; llguidance needs one."""
 
 
-CLOSING = '}]"0123456789:,tnf[{'
-"""What JSON is ended with soonest, the first that is allowed at each place; other grammars end with
-whatever is allowed, if they do"""
+CLOSING = '}],"1234567890:tnf[{'
+"""What JSON is ended with soonest: the first that is allowed at each place"""
 RESERVE = 16
-"""tokens: a guide is ended that much sooner than it must be, since one token may begin what takes
+"""tokens: JSON is ended that much sooner than it must be, since one token may begin what takes
 several to end"""
 MOST_TO_END = 256
-"""tokens that an ending is looked for with: some milliseconds, for which all sequences wait"""
+"""tokens that an ending is looked for with: with a large vocabulary some milliseconds, for which
+all sequences wait"""
+LOOK_AGAIN = 64
+"""tokens after which it is looked again where none was found"""
 AN_END = -1
 """in a list of tokens: any that ends a sequence"""
 
@@ -60,9 +63,8 @@ class _Vocabulary:
     def toward_end(self, allowed: Words) -> int | None:
         """The allowed token that JSON is probably ended with soonest; None: none is allowed."""
         there = [one for one, token in self.closing.items() if _holds(allowed, token)]
-        # Where both brackets may stand it is within a string.
-        if '"' in there and there[:2] == [*"}]"]:
-            return self.closing['"']
+        if there[:2] == [*"}]"]:  # only within a string may both stand
+            there = [one for one in there if one not in "}],"]
         if there:
             return self.closing[there[0]]
         [some] = np.nonzero(allowed)
@@ -100,7 +102,7 @@ class Guides:
         matcher = LLMatcher(self._vocabulary.tokenizer, guide, log_level=0, limits=LIMITS)
         if matcher.is_error():
             raise ValueError(f"the guide does not compile: {_first_line(matcher)}")
-        made = Guide(matcher, self._vocabulary)
+        made = Guide(matcher, self._vocabulary, _is_json(guide))
         try:
             made.fill(np.empty(mask_words(self._vocab_size), dtype=np.int32))
         except DeadEnd as error:
@@ -123,8 +125,12 @@ class Guides:
         keep &= ~ends
         keep[end : end + 1] = False
         reachable = frozenset(token for token in self._eos_ids if token < self._vocab_size)
-        tokens = {character: made.greedy_tokenize(character) for character in CLOSING}
-        closing = {one: own[0] for one, own in tokens.items() if len(own) == 1 and own[0] != end}
+        closing = {}
+        for character in CLOSING:
+            whole = tokenizer.token_to_id(character)
+            parts = made.greedy_tokenize(character) if whole is None else [whole]
+            if len(parts) == 1:
+                closing[character] = parts[0]
         return _Vocabulary(made, end, _packed(keep), _packed(ends), reachable, closing)
 
 
@@ -132,28 +138,30 @@ class Guide:
     """What has been generated of a guided sequence, and what may follow.
 
     Where the text that follows is settled, only the tokens that the tokenizer writes it with are
-    allowed. Where few tokens are left, only those that end it in time, if they are enough. Not for
-    two threads at once.
+    allowed. Not for two threads at once.
+
+    Args:
+        is_json: it is of a schema, and worth nothing unless it is whole.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary) -> None:
+    def __init__(self, matcher: LLMatcher, vocabulary: _Vocabulary, is_json: bool) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
+        self._is_json = is_json
         self._ended = False
         self._next: tuple[Words, bool] | None = None
         """tokens of text that may follow, and whether an end may; None until asked for"""
-        self._ending: list[int] = []
-        """tokens that have to follow, AN_END for the last, once there is no more time for others"""
+        self._ending: list[int] | None = None
+        """tokens that would end it from here, AN_END for the last; None: not known"""
         self._reserve: int | None = None
         """``RESERVE``, or less where there are few tokens from the beginning"""
         self._look_at = math.inf
-        """tokens left at which it is time to see again what an ending takes"""
+        """tokens left at which an ending is to be looked for"""
 
-    def fill(self, row: npt.NDArray[np.int32], left: int | None = None) -> None:
+    def fill(self, row: npt.NDArray[np.int32]) -> None:
         """Write the mask of the tokens that may come next.
 
         Args:
-            left: tokens that may come, this one among them; None: any number.
             row: (mask_words(vocab_size),); its bits are set for tokens that are allowed. Those of
                 end-of-sequence tokens are set exactly where the guide may end, whatever text such
                 a token stands for; those beyond the vocabulary never.
@@ -166,8 +174,6 @@ class Guide:
         row[:] = 0
         text, may_end = self._allowed()
         allowed = text | self._vocabulary.ends if may_end else text
-        if left is not None and (token := self._must_follow(left)) is not None:
-            allowed = self._vocabulary.ends if token == AN_END else _only(token, len(row))
         if not allowed.any():
             raise DeadEnd(
                 "it is complete, and the model has no end-of-sequence token"
@@ -191,8 +197,7 @@ class Guide:
         if not taken:
             raise ValueError(f"token {token} is not allowed by the guide")
         self._next = None
-        # What is banned beside may have left another one.
-        self._ending = self._ending[1:] if self._ending[:1] == [token] else []
+        self._ending = self._ending[1:] if self._ending and self._ending[0] == token else None
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -212,26 +217,36 @@ class Guide:
             return False
         return may_end and not text.any()
 
-    def _must_follow(self, left: int) -> int | None:
-        """The token without which the guide would not end within those left; None: any may."""
-        if not self._ending and left <= self._look_at:
-            ending = self._soonest_end(min(left, MOST_TO_END))
-            if ending is None:
-                self._look_at = left // 2
-                return None
-            if self._reserve is None:
-                self._reserve = min(RESERVE, (left - len(ending)) // 2)
-            spare = left - len(ending) - self._reserve
-            if spare <= 0:
-                self._ending = ending
-            # Looking takes a fraction of a millisecond; most tokens add one to an ending at most.
-            self._look_at = left - max(1, spare // 2)
-        return self._ending[0] if self._ending else None
+    def narrow(self, row: npt.NDArray[np.int32], left: int) -> bool:
+        """Leave only what ends JSON in time, where few tokens are left; whether that is so now.
+
+        Where there is no such end nothing is left out.
+
+        Args:
+            row: of ``fill``.
+            left: tokens that may come, this one among them.
+        """
+        if not self._is_json or self._ended:
+            return False
+        if self._ending is None and left <= self._look_at:
+            self._ending = self._soonest_end(min(left, MOST_TO_END))
+            if self._ending is None:
+                self._look_at = left - LOOK_AGAIN
+        if not self._ending:
+            return False
+        if self._reserve is None:
+            self._reserve = min(RESERVE, (left - len(self._ending)) // 2)
+        spare = left - len(self._ending) - self._reserve
+        # Most tokens add one to an ending at most.
+        self._look_at = left - max(1, spare // 2)
+        if spare > 0:
+            return False
+        token, ends = self._ending[0], self._vocabulary.ends
+        row[:] = (ends if token == AN_END else _only(token, len(row))).view(np.int32)
+        return True
 
     def _soonest_end(self, most: int) -> list[int] | None:
         """Tokens that end the guide from here, few if not the fewest; None: not within ``most``."""
-        if self._ended:
-            return []
         matcher, vocabulary = self._matcher.deep_copy(), self._vocabulary
         tokens: list[int] = []
         while not matcher.is_accepting():
@@ -290,6 +305,7 @@ def guided(
     """The edited logits of tokens that each row's guide allows, if it has one.
 
     Where what a request bans beside leaves nothing that its guide allows, the guide alone counts.
+    Where few tokens are left for JSON, only those that end it in time are, unless it bans them.
     The masks are made while the device still computes the logits.
 
     Args:
@@ -304,13 +320,17 @@ def guided(
     dead_ends = {}
     rows = [row for row, guide in enumerate(guides) if guide is not None]
     masks = np.zeros((len(rows), mask_words(logits.shape[1])), dtype=np.int32)
+    narrowed = masks.copy()
+    narrow = False
     for place, row in enumerate(rows):
         guide = guides[row]
         assert guide is not None
         try:
-            guide.fill(masks[place], left[row])
+            guide.fill(masks[place])
         except DeadEnd as error:
             dead_ends[row] = str(error)
+        narrowed[place] = masks[place]
+        narrow |= row not in dead_ends and guide.narrow(narrowed[place], left[row])
     result = edited.clone()
     apply(result, rows, masks)
     if edited is not logits:
@@ -318,7 +338,21 @@ def guided(
         apply(alone, rows, masks)
         empty = result.amax(dim=-1, keepdim=True) == float("-inf")
         result = torch.where(empty, alone, result)
+    if narrow:
+        ending = result.clone()
+        apply(ending, rows, narrowed)
+        empty = ending.amax(dim=-1, keepdim=True) == float("-inf")
+        result = torch.where(empty, result, ending)
     return result, dead_ends
+
+
+def _is_json(grammar: str) -> bool:
+    """Whether a serialised grammar is of a JSON schema; others may be Lark's text."""
+    try:
+        found = json.loads(grammar)
+    except ValueError:
+        return False
+    return any(one.get("json_schema") is not None for one in found["grammars"])
 
 
 def _only(token: int, words: int) -> Words:

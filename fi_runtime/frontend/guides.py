@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,14 @@ ASKS_FOR_NOTHING: dict[str, tuple[object, ...]] = {
 }
 """vLLM's other keys, and the values beside null and false that this build fulfils"""
 
-BY_NAME = ("/properties", "/patternProperties", "/$defs", "/definitions")
+DEFINITIONS = ("$defs", "definitions")
+BY_NAME = (*DEFINITIONS, "properties", "patternProperties", "dependentSchemas")
 """what holds schemas by name in a JSON schema"""
+LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+ALONE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
 PLACE_S = 0.5
 """for which it is looked where a schema is wrong"""
-SOME_WHITESPACE = r"( |\n {0,16})?"
+SOME_WHITESPACE = r"( |\n( {0,32}|\t{0,8}))?"
 """between the parts of JSON, where the client says nothing: of any amount some models never end"""
 WHITESPACE: dict[str, type] = {"disable_any_whitespace": bool, "whitespace_pattern": str}
 """vLLM's keys that say what may stand between the parts of JSON"""
@@ -76,15 +79,20 @@ class Guide:
 
     def _place(self, reason: str) -> str:
         """Where in a schema the innermost part is that is wrong in this way by itself."""
-        begin, path, part = time.monotonic(), "", json.loads(self.text)
-        inner = [*_parts(part)]
+        begin, path, schema = time.monotonic(), "", json.loads(self.text)
+        if not isinstance(schema, dict):
+            return ""
+        shared = {key: schema[key] for key in DEFINITIONS if key in schema}
+        inner = [*_parts(schema)]
         while inner and time.monotonic() - begin < PLACE_S:
-            name, one = inner.pop(0)
+            name, part = inner.pop(0)
+            # Definitions come first, and are looked at without the others, of which one is wrong.
+            given = part if (path + name)[1:].startswith(DEFINITIONS) else shared | part
             question: dict[str, object]
-            question = {"kind": self.kind, "text": json.dumps(one), "options": self.options}
+            question = {"kind": self.kind, "text": json.dumps(given), "options": self.options}
             if _checker.check(question)[1] == reason:
                 path += name
-                inner = [*_parts(one)]
+                inner = [*_parts(part)]
         return f", at {path}" if path else ""
 
 
@@ -237,25 +245,18 @@ def _check_size(text: str, of: str, most: int) -> None:
         raise _bad(of, f"the guide has {size} bytes; at most {most} are taken")
 
 
-def _parts(schema: object) -> Iterator[tuple[str, object]]:
+def _parts(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """The schemas within a schema, and the place of each as a JSON pointer."""
-    for name, part in _named(schema):
-        for inner, one in (
-            _named(part) if name in BY_NAME or isinstance(part, list) else [("", part)]
-        ):
-            if isinstance(one, dict):
-                yield name + inner, one
-
-
-def _named(value: object) -> Iterator[tuple[str, object]]:
-    """What is in an object or a list, and its place there."""
-    items: Iterable[tuple[object, object]] = ()
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list):
-        items = enumerate(value)
-    for key, part in items:
-        yield "/" + str(key).replace("~", "~0").replace("/", "~1"), part
+    found: list[tuple[str, object]] = []
+    for key in BY_NAME:
+        if isinstance(by_name := schema.get(key), dict):
+            for name, part in by_name.items():
+                found.append((f"/{key}/{name.replace('~', '~0').replace('/', '~1')}", part))
+    for key in LISTED:
+        if isinstance(listed := schema.get(key), list):
+            found += [(f"/{key}/{number}", part) for number, part in enumerate(listed)]
+    found += [(f"/{key}", schema.get(key)) for key in ALONE]
+    return ((place, part) for place, part in found if isinstance(part, dict))
 
 
 def _is(value: object, expected: Any, of: str) -> Any:
