@@ -30,8 +30,7 @@ class Needed(NamedTuple):
 NEEDED = [
     Needed(Compiled(128), BF16, ["fa2"]),
     Needed(Compiled(64, frozenset({PLAIN, WINDOW})), BF16, ["fa2"]),
-    # Of which some come with Gemma's windows alone.
-    Needed(Compiled(64, frozenset({WINDOW, CAP, BOTH}), GELU), BF16, ["fa2"]),
+    Needed(Compiled(64, frozenset({CAP, BOTH}), GELU), BF16, ["fa2"]),
     Needed(Compiled(128), FP8, ["fa2"]),
     Needed(Compiled(64, frozenset({PLAIN, BOTH})), FP8, ["fa2"]),
     Needed(Compiled(256), FP8, ["fa2"]),

@@ -13,7 +13,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,29 +42,19 @@ WATCH_S = 0.002
 """between two looks at how much memory is taken"""
 
 
-class _Written:
+class _Written(DummyWeights):
     """Saves the random weights that a model takes, in shards, as it takes them."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
+        super().__init__(torch.bfloat16, device)
         self._folder = folder
-        self._dummy = DummyWeights(torch.bfloat16, device)
         self._shard: dict[str, torch.Tensor] = {}
         self._weight_map: dict[str, str] = {}
         self._files = 0
 
-    def has(self, name: str) -> bool:
-        """Nothing that a model can do without."""
-        return False
-
-    def keeps_fp8(self, outputs: Mapping[str, int], inputs: int) -> bool:
-        """None: all are in bfloat16."""
-        return False
-
-    def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
-
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        tensor = self._dummy.take(name, shape)
+        """As it is made; kept until its shard is full."""
+        tensor = super().take(name, shape)
         self._shard[name] = tensor.cpu()
         if sum(kept.nbytes for kept in self._shard.values()) >= SHARD_BYTES:
             self._save()

@@ -60,6 +60,14 @@ class _Vocabulary:
     closing: dict[str, int]
     """the tokens of ``CLOSING`` that there are"""
 
+    def text_of(self, matcher: LLMatcher) -> tuple[Words, bool]:
+        """Tokens of text that may follow, (mask_words,), and whether an end may."""
+        mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)
+        text = np.zeros_like(self.keep)
+        shared = min(len(mask), len(text))
+        text[:shared] = mask[:shared] & self.keep[:shared]
+        return text, _holds(mask, self.end)
+
     def toward_end(self, allowed: Words) -> int | None:
         """The allowed token that JSON is probably ended with soonest; None: none is allowed."""
         there = [one for one, token in self.closing.items() if _holds(allowed, token)]
@@ -250,10 +258,8 @@ class Guide:
         matcher, vocabulary = self._matcher.deep_copy(), self._vocabulary
         tokens: list[int] = []
         while not matcher.is_accepting():
-            mask = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32)
-            shared = min(len(mask), len(vocabulary.keep))
-            allowed = mask[:shared] & vocabulary.keep[:shared]
-            token = vocabulary.toward_end(allowed)
+            text, _ = vocabulary.text_of(matcher)
+            token = vocabulary.toward_end(text)
             if token is None or len(tokens) == most or not matcher.consume_token(token):
                 return None
             tokens.append(token)
@@ -262,18 +268,13 @@ class Guide:
         return tokens if len(tokens) <= most else None
 
     def _allowed(self) -> tuple[Words, bool]:
-        keep = self._vocabulary.keep
         if self._ended:
-            return np.zeros_like(keep), True
+            return np.zeros_like(self._vocabulary.keep), True
         if self._next is None:
-            mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint32)
+            allowed = self._vocabulary.text_of(self._matcher)
             if self._matcher.is_error():
                 raise DeadEnd(_first_line(self._matcher))
-            end = self._vocabulary.end
-            text = np.zeros_like(keep)
-            shared = min(len(mask), len(keep))
-            text[:shared] = mask[:shared] & keep[:shared]
-            self._next = text, bool(mask[end // 32] >> np.uint32(end % 32) & 1)
+            self._next = allowed
         return self._next
 
 
@@ -336,14 +337,18 @@ def guided(
     if edited is not logits:
         alone = logits.clone()
         apply(alone, rows, masks)
-        empty = result.amax(dim=-1, keepdim=True) == float("-inf")
-        result = torch.where(empty, alone, result)
+        result = _unless_empty(result, alone)
     if narrow:
         ending = result.clone()
         apply(ending, rows, narrowed)
-        empty = ending.amax(dim=-1, keepdim=True) == float("-inf")
-        result = torch.where(empty, result, ending)
+        result = _unless_empty(ending, result)
     return result, dead_ends
+
+
+def _unless_empty(logits: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:
+    """The logits, but others in rows of which nothing is left: (rows, vocab) each."""
+    empty = logits.amax(dim=-1, keepdim=True) == float("-inf")
+    return torch.where(empty, instead, logits)
 
 
 def _is_json(grammar: str) -> bool:

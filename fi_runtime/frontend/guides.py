@@ -37,10 +37,12 @@ DEFINITIONS = ("$defs", "definitions")
 BY_NAME = (*DEFINITIONS, "properties", "patternProperties", "dependentSchemas")
 """what holds schemas by name in a JSON schema"""
 LISTED = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
+"""what holds several in a list"""
 ALONE = ("items", "additionalProperties", "contains", "propertyNames", "not", "if", "then", "else")
+"""what is one"""
 PLACE_S = 0.5
 """for which it is looked where a schema is wrong"""
-SOME_WHITESPACE = r"( |\n( {0,32}|\t{0,8}))?"
+SOME_WHITESPACE: dict[str, object] = {"whitespace_pattern": r"( |\n( {0,32}|\t{0,8}))?"}
 """between the parts of JSON, where the client says nothing: of any amount some models never end"""
 WHITESPACE: dict[str, type] = {"disable_any_whitespace": bool, "whitespace_pattern": str}
 """vLLM's keys that say what may stand between the parts of JSON"""
@@ -69,13 +71,15 @@ class Guide:
         """
         if self.part is not None:
             self.part.compiled()
-        grammar, reason = _checker.check(
-            {"kind": self.kind, "text": self.text, "options": self.options}
-        )
+        grammar, reason = self._check(self.text)
         if reason:
             place = self._place(reason) if self.kind == "json_schema" else ""
             raise _bad(f"{self.of}={short(self.given)}", _readable(reason) + place)
         return grammar
+
+    def _check(self, text: str) -> tuple[str, str]:
+        """As ``_Checker.check``, of this guide or of a part of it."""
+        return _checker.check({"kind": self.kind, "text": text, "options": self.options})
 
     def _place(self, reason: str) -> str:
         """Where in a schema the innermost part is that is wrong in this way by itself."""
@@ -88,9 +92,7 @@ class Guide:
             name, part = inner.pop(0)
             # Definitions come first, and are looked at without the others, of which one is wrong.
             given = part if (path + name)[1:].startswith(DEFINITIONS) else shared | part
-            question: dict[str, object]
-            question = {"kind": self.kind, "text": json.dumps(given), "options": self.options}
-            if _checker.check(question)[1] == reason:
+            if self._check(json.dumps(given))[1] == reason:
                 path += name
                 inner = [*_parts(part)]
         return f", at {path}" if path else ""
@@ -194,32 +196,26 @@ def _json(
     text: str,
     given: object,
     of: str,
-    options: dict[str, object] | None = None,
+    options: dict[str, object] = SOME_WHITESPACE,
     part: Guide | None = None,
 ) -> Guide:
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _bad(f"{of}={short(given)}", f"expected a JSON schema: {error}") from None
-    # Written anew: llguidance pastes a schema's text into its own JSON.
     if schema is True:
         schema = {}  # which is the same, and takes options
     if not isinstance(schema, dict):
         options = {}  # for llguidance to say what is wrong
-    elif options is None:
-        options = _some_whitespace()
+    # Written anew: llguidance pastes a schema's text into its own JSON.
     return Guide("json_schema", json.dumps(schema), given, of, options, part)
-
-
-def _some_whitespace() -> dict[str, object]:
-    return {"whitespace_pattern": SOME_WHITESPACE}
 
 
 def _whitespace(given: dict[str, object], name: str) -> tuple[dict[str, object], Guide | None]:
     """Llguidance's options for what vLLM's say, and the pattern among them."""
     for key in WHITESPACE.keys() & given.keys():
         _is(given[key], WHITESPACE[key], f"{name}: {key}")
-    options = _some_whitespace()
+    options = dict(SOME_WHITESPACE)
     part = None
     if "disable_any_whitespace" in given:
         options = {"whitespace_flexible": False}
