@@ -18,6 +18,8 @@ from transformers import (
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -64,6 +66,14 @@ GEMMA: Shape = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
 }
 EXPERTS: Shape = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+GPT_OSS: Shape = {
+    "intermediate_size": 40,
+    "num_local_experts": 6,
+    "num_experts_per_tok": 2,
+    "sliding_window": 24,
+    # Which is in reach of random weights.
+    "swiglu_limit": 1.5,
+}
 SHARED_EXPERT: Shape = {"shared_expert_intermediate_size": 56}
 
 GPU_SHAPE: Shape = {
@@ -80,6 +90,13 @@ GPU_SHAPES: dict[str, Shape] = {
     "qwen2-moe": GPU_EXPERTS,
     "qwen3-moe": GPU_EXPERTS,
     "qwen3-moe, some layers": GPU_EXPERTS,
+    # Before transformers 5.20 or so, the limit was no value of the configuration.
+    "gpt-oss": {
+        "num_local_experts": 16,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 128,
+        "swiglu_limit": 7.0,
+    },
     "gemma 2": {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 20.0},
     "gemma 3": {"query_pre_attn_scalar": 64},
     "gemma 3, with images": {"query_pre_attn_scalar": 64},
@@ -139,6 +156,10 @@ def gemma3_with_images(**values: Any) -> PreTrainedModel:
     return Gemma3ForConditionalGeneration(config)
 
 
+def gpt_oss(**values: Any) -> PreTrainedModel:
+    return GptOssForCausalLM(GptOssConfig(**SHAPE | GPT_OSS | values))
+
+
 def phi3(**values: Any) -> PreTrainedModel:
     return Phi3ForCausalLM(Phi3Config(**_no_head_dim(SHAPE | values)))
 
@@ -195,6 +216,7 @@ FAMILIES: dict[str, Callable[..., PreTrainedModel]] = {
         },
     ),
     "gemma 3, with images": gemma3_with_images,
+    "gpt-oss": partial(gpt_oss, **rope("yarn", **YARN, truncate=False)),
     "phi-3": partial(phi3, sliding_window=30, **rope("default", partial_rotary_factor=0.5)),
     "phi-3, longrope": phi3_longrope,
 }
@@ -208,7 +230,7 @@ def write(
     torch.manual_seed(SEED)
     model = FAMILIES[name](**shape).eval()
     for parameter_name, parameter in model.named_parameters():
-        if "norm" in parameter_name or "bias" in parameter_name:
+        if any(part in parameter_name for part in ("norm", "bias", "sinks")):
             # About what it is made as: 0 for biases and where norms add 1 to it.
             torch.nn.init.normal_(parameter, mean=parameter.mean().item(), std=0.3)
     model.to(dtype).save_pretrained(folder)

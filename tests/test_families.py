@@ -7,7 +7,6 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
-    GptOssConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -102,11 +101,6 @@ def read(architecture: str, config: PreTrainedConfig, folder: Path) -> ModelConf
             "Qwen3ForCausalLM",
             Qwen3Config(**SHAPE, layer_types=["chunked_attention"] * 3),
             "layer_types has 'chunked_attention'; supported are full_attention and sliding_att",
-        ),
-        (
-            "GptOssForCausalLM",
-            GptOssConfig(),
-            "architecture GptOssForCausalLM is not supported: its attention has sinks",
         ),
     ],
 )

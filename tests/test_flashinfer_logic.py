@@ -74,13 +74,15 @@ class Wrapper:
         q: torch.Tensor,
         cache: tuple[torch.Tensor, torch.Tensor],
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         assert self.workspace[:8].view(torch.int64)[0] == self.stamp(), "another has planned here"
         assert (q.dtype, cache[0].dtype) == self.dtypes
         window_left, soft_cap, scale = self.kind
         query_starts, starts, pages, last = (each.tolist() for each in self.planned)
         assert len(q) == query_starts[-1]
         out = torch.empty_like(q) if out is None else out
+        sums = torch.empty(q.shape[:2])
         for s, length in enumerate(last):
             own = pages[starts[s] : starts[s + 1]]
             context = (len(own) - 1) * cache[0].shape[1] + length
@@ -93,9 +95,10 @@ class Wrapper:
             scores = torch.einsum("qhd,chd->hqc", q[rows], k) * (scale or q.shape[-1] ** -0.5)
             if soft_cap:
                 scores = soft_cap * (scores / soft_cap).tanh()
-            weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-            out[rows] = torch.einsum("hqc,chd->qhd", weights, v)
-        return out
+            scores = scores.masked_fill(~seen, -torch.inf)
+            out[rows] = torch.einsum("hqc,chd->qhd", scores.softmax(-1), v)
+            sums[rows] = scores.logsumexp(-1).T / np.log(2)
+        return (out, sums) if return_lse else out
 
 
 class Prefill(Wrapper):
@@ -156,17 +159,27 @@ LOCAL, CAPPED = (AttentionKind(0.2, window=20), AttentionKind(0.7, window=1, sof
 
 @pytest.fixture(
     params=[
-        (8, 2, 1, None, torch.float32),
-        (8, 2, 16, (LOCAL, CAPPED), torch.float32),
-        (2, 2, 16, None, torch.float32),
-        (2, 2, 16, [LOCAL] * 2, torch.float32),
-        (8, 2, 16, None, torch.float8_e4m3fn),
+        (8, 2, 1, None, torch.float32, False),
+        (8, 2, 16, (LOCAL, CAPPED), torch.float32, False),
+        (8, 2, 16, (LOCAL, CAPPED), torch.float32, True),
+        (2, 2, 16, None, torch.float32, False),
+        (2, 2, 16, None, torch.float32, True),
+        (2, 2, 16, [LOCAL] * 2, torch.float32, False),
+        (8, 2, 16, None, torch.float8_e4m3fn, False),
     ],
-    ids=["8:2, pages of 1", "8:2, two kinds", "2:2", "2:2, a window", "8:2, fp8"],
+    ids=[
+        "8:2, pages of 1",
+        "8:2, two kinds",
+        "8:2, two kinds, sinks",
+        "2:2",
+        "2:2, sinks",
+        "2:2, a window",
+        "8:2, fp8",
+    ],
 )
 def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
     """Attention through the stand-in and the reference, over caches of the same contents."""
-    heads, kv_heads, page_size, kinds, dtype = request.param
+    heads, kv_heads, page_size, kinds, dtype, sinks = request.param
     shape = CacheShape(2, 4000 // page_size, page_size, kv_heads, HEAD_DIM)
     caches = [KVCache(shape, dtype, CPU) for _ in range(2)]
     generator = torch.Generator().manual_seed(0)
@@ -178,13 +191,19 @@ def pair(request: pytest.FixtureRequest) -> SimpleNamespace:
         reference=ReferenceAttention(caches[1], kinds),
         caches=caches,
         shape=shape,
-        heads=heads,
+        heads=Heads(
+            heads,
+            kv_heads,
+            HEAD_DIM,
+            COS_SIN,
+            sinks=torch.linspace(-2.0, 4.0, heads) if sinks else None,
+        ),
     )
 
 
 def compare(pair: SimpleNamespace, attention: Attention, layout: StepLayout, padding: int) -> None:
     tokens = int(layout.query_starts[-1])
-    heads = Heads(pair.heads, pair.shape.kv_heads, HEAD_DIM, COS_SIN)
+    heads = pair.heads
     qkv = torch.randn(tokens + padding, (heads.heads + 2 * heads.kv_heads) * HEAD_DIM)
     attention.plan(layout)
     pair.reference.plan(layout)
@@ -297,5 +316,5 @@ def test_plans_that_follow_each_other_are_staged_apart(pair: SimpleNamespace) ->
 
 def test_every_wrapper_is_told_fa2(pair: SimpleNamespace) -> None:
     pair.ours.for_graph(2)
-    decode = "fa2" if pair.heads // pair.shape.kv_heads >= 4 else "cuda-core"
+    decode = "fa2" if pair.heads.heads // pair.shape.kv_heads >= 4 else "cuda-core"
     assert pair.ours.runs == {"prefill": "fa2", "decode": decode, "graph decode": decode}

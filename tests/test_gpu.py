@@ -236,10 +236,11 @@ def compare(
     heads: int,
     shape: CacheShape,
     padding: int = 0,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     tokens, d = int(layout.query_starts[-1]), shape.head_dim
     qkv = normal(tokens + padding, (heads + 2 * shape.kv_heads) * d)
-    own = Heads(heads, shape.kv_heads, d)
+    own = Heads(heads, shape.kv_heads, d, sinks=sinks)
     attention.plan(layout)
     reference.plan(layout)
     for layer in range(shape.layers):

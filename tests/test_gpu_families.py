@@ -19,7 +19,7 @@ from fi_runtime.kernels.activation import (
     silu_and_mul,
     silu_and_mul_reference,
 )
-from fi_runtime.kernels.moe import experts, experts_reference, route
+from fi_runtime.kernels.moe import ExpertMLPs, experts, experts_reference, route
 from fi_runtime.kernels.norm import (
     add_offset_rms_norm,
     offset_rms_norm,
@@ -64,11 +64,13 @@ def test_experts_in_a_graph_follow_their_tokens(tokens: int, number: int, per_to
     hidden, size = 256, 96
     gate_up = normal(number, 2 * size, hidden) / hidden**0.5
     down = normal(number, hidden, size, seed=1) / size**0.5
+    gate_up_bias, down_bias = normal(number, 2 * size), normal(number, hidden)
     x, logits = normal(tokens, hidden), normal(tokens, number)
 
     def compute() -> torch.Tensor:
         weights, chosen = route(logits, per_token, True)
-        return experts(x, weights, chosen, gate_up, down, silu_and_mul)
+        mlps = ExpertMLPs(gate_up, down, silu_and_mul, gate_up_bias, down_bias)
+        return experts(x, weights, chosen, mlps)
 
     compute()
     torch.cuda.synchronize()
@@ -82,10 +84,14 @@ def test_experts_in_a_graph_follow_their_tokens(tokens: int, number: int, per_to
             logits[:, per_token:] -= 100.0  # all to the same few
         graph.replay()
         weights, chosen = route(logits, per_token, True)
-        wide = (each.float() for each in (gate_up, down))
-        expected = experts_reference(
-            x.float(), weights.float(), chosen, *wide, silu_and_mul_reference
+        mlps = ExpertMLPs(
+            gate_up.float(),
+            down.float(),
+            silu_and_mul_reference,
+            gate_up_bias.float(),
+            down_bias.float(),
         )
+        expected = experts_reference(x.float(), weights.float(), chosen, mlps)
         assert error(out, expected) < 1e-2
 
 
@@ -105,6 +111,24 @@ def test_windows_and_caps_are_the_references(heads: int, kv_heads: int) -> None:
         for counts in some_counts(contexts, rng):
             layout = make_layout(counts, contexts, 16, rng, gpu.shape.pages)
             compare(attention, reference, layout, heads, gpu.shape)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (16, 2)])
+def test_attention_with_sinks_is_the_references(heads: int, kv_heads: int) -> None:
+    """Of prompts, of decode and both, and as a graph's, with a window and without one."""
+    kinds = [AttentionKind(0.125, window=100), AttentionKind(0.125)]
+    rng = random.Random(heads)
+    gpu, wide = caches(CacheShape(len(kinds), 2000, 16, kv_heads, 64))
+    attention = FlashInferAttention(gpu, heads, LIMITS, kinds=kinds)
+    reference = ReferenceAttention(wide, kinds)
+    sinks = torch.linspace(-2.0, 6.0, heads, device="cuda")
+    for contexts in ([1], [9000, 1, 17], [99, 100, 101, 16, 4097]):
+        for counts in some_counts(contexts, rng):
+            layout = make_layout(counts, contexts, 16, rng, gpu.shape.pages)
+            compare(attention, reference, layout, heads, gpu.shape, sinks=sinks)
+        ones = make_layout([1] * len(contexts), contexts, 16, rng, gpu.shape.pages)
+        graph, padding = attention.for_graph(8), 8 - len(contexts)
+        compare(graph, reference, ones, heads, gpu.shape, padding, sinks)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

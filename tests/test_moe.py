@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fi_runtime.kernels.activation import silu_and_mul_reference
-from fi_runtime.kernels.moe import experts_grouped, experts_reference, route
+from fi_runtime.kernels.moe import ExpertMLPs, experts_grouped, experts_reference, route
 
 EXPERTS, HIDDEN, SIZE = 12, 32, 24
 
@@ -26,14 +26,22 @@ def choices(tokens: int, per_token: int, of: int) -> torch.Tensor:
     ("tokens", "per_token", "of"),
     [(1, 1, EXPERTS), (1, 3, EXPERTS), (5, 2, EXPERTS), (64, 4, EXPERTS), (300, 3, 3), (40, 2, 7)],
 )
-def test_one_product_for_all_experts_is_one_for_each(tokens: int, per_token: int, of: int) -> None:
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_product_for_all_experts_is_one_for_each(
+    tokens: int, per_token: int, of: int, biased: bool
+) -> None:
+    mlps = ExpertMLPs(
+        normal(EXPERTS, 2 * SIZE, HIDDEN) / HIDDEN**0.5,
+        normal(EXPERTS, HIDDEN, SIZE) / SIZE**0.5,
+        silu_and_mul_reference,
+        normal(EXPERTS, 2 * SIZE) if biased else None,
+        normal(EXPERTS, HIDDEN) if biased else None,
+    )
     arguments = (
         normal(tokens, HIDDEN),
         normal(tokens, per_token).softmax(-1),
         choices(tokens, per_token, of),
-        normal(EXPERTS, 2 * SIZE, HIDDEN) / HIDDEN**0.5,
-        normal(EXPERTS, HIDDEN, SIZE) / SIZE**0.5,
-        silu_and_mul_reference,
+        mlps,
     )
     found, expected = experts_grouped(*arguments), experts_reference(*arguments)
     assert torch.allclose(found, expected, atol=1e-5)

@@ -7,6 +7,7 @@ checked when the engine starts, since what it was told lies in a private attribu
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -197,13 +198,19 @@ class FlashInferAttention:
                 self._planned.append((rows, wrappers))
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
-        return self.attend(layer, place(qkv, heads, self._places, self._common.cache.layer(layer)))
+        q = place(qkv, heads, self._places, self._common.cache.layer(layer))
+        return self.attend(layer, q, heads.sinks, torch.empty_like(q))
 
-    def attend(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Attention to what is in the cache, written to ``out`` if it is given."""
-        out = torch.empty_like(q) if out is None else out
+    def attend(
+        self, layer: int, q: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention to what is in the cache, written to ``out``.
+
+        Args:
+            sinks: as ``Heads`` has them.
+        """
         for rows, wrappers in self._planned:
-            wrappers.run(layer, q[rows], out[rows])
+            wrappers.run(layer, q[rows], sinks, out[rows])
         return out
 
     def for_graph(self, sequences: int) -> "GraphDecodeAttention":
@@ -305,7 +312,7 @@ class GraphDecodeAttention:
 
     def __call__(self, layer: int, qkv: torch.Tensor, heads: Heads) -> torch.Tensor:
         q = place(qkv, heads, self._places, self._common.cache.layer(layer))
-        return self._running.run(layer, q)
+        return self._running.run(layer, q, heads.sinks)
 
 
 class _Layout(NamedTuple):
@@ -402,6 +409,8 @@ class PieceAttention:
         )
         self.out = torch.zeros_like(self._q)
         """(tokens, heads, head_dim): what ``attend`` leaves for the next graph"""
+        self._sinks: dict[int, torch.Tensor | None] = {}
+        """of each layer, from when it was captured"""
 
     def plan(self, layout: StepLayout) -> None:
         """Fill the buffers, and plan the attention of the step."""
@@ -421,10 +430,11 @@ class PieceAttention:
         assert rows is not None
         own = Places(rows[:count], positions[:count], page_starts, pages)
         place(qkv, heads, own, self._cache.layer(layer), self._q[:count])
+        self._sinks[layer] = heads.sinks
 
     def attend(self, layer: int, count: int) -> None:
         """Attention of the step's tokens, from what ``place`` left to ``out``."""
-        self._attention.attend(layer, self._q[:count], self.out[:count])
+        self._attention.attend(layer, self._q[:count], self._sinks[layer], self.out[:count])
 
 
 @dataclass(frozen=True)
@@ -474,8 +484,14 @@ class _Wrappers:
         for wrapper in self._of_kind.values():
             wrapper.plan_again(layout, turn)
 
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._of_layer[layer].run(layer, q, out)
+    def run(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._of_layer[layer].run(layer, q, sinks, out)
 
     def check_backend(self, name: str) -> str:
         """As ``_Wrapper``'s, of every one; they are told the same."""
@@ -536,9 +552,19 @@ class _Wrapper:
                 **self._options,
             )
 
-    def run(self, layer: int, q: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        result: torch.Tensor = self._wrapper.run(q, self._common.cache.layer(layer), out=out)
-        return result
+    def run(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        sinks: torch.Tensor | None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        cache = self._common.cache.layer(layer)
+        if sinks is None:
+            result: torch.Tensor = self._wrapper.run(q, cache, out=out)
+            return result
+        result, sums = self._wrapper.run(q, cache, out=out, return_lse=True)
+        return beside_sinks(result, sums, sinks)
 
     def check_backend(self, name: str) -> str:
         """What it runs, once planned.
@@ -583,6 +609,20 @@ class _Wrapper:
             # It would look for it token by token.
             options["max_token_per_sequence"] = int(np.diff(layout.query_starts).max())
         return arguments, options
+
+
+def beside_sinks(out: torch.Tensor, sums: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """What attention gives where the softmax has one more score, for which there is no value.
+
+    Its weights are those without it, times exp(s) / (exp(s) + exp(sink)), s being the logarithm of
+    the sum of the exponentials of the keys' scores: the sigmoid of s - sink.
+
+    Args:
+        out: (tokens, heads, head_dim), overwritten.
+        sums: (tokens, heads), float32: the logarithm to the base of 2, as FlashInfer gives it.
+        sinks: (heads,), float32.
+    """
+    return out.mul_(torch.add(-sinks, sums, alpha=math.log(2)).sigmoid_().unsqueeze(-1))
 
 
 def _last_page_lens(layout: StepLayout, page_size: int) -> Int32s:

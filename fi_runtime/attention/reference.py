@@ -73,6 +73,7 @@ class ReferenceAttention:
                 values[group.slots].to(q.dtype).transpose(1, 2),
                 group.masks[kind.window],
                 kind,
+                heads.sinks,
             )
             out[group.rows] = attended.transpose(1, 2).flatten(0, 1)
         return out
@@ -104,20 +105,30 @@ class ReferenceAttention:
 
 
 def _attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, kind: AttentionKind
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    kind: AttentionKind,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Where the mask is true: (sequences, heads, queries, head_dim), the shape of ``q``.
 
-    ``k``, ``v``: (sequences, kv_heads, context, head_dim).
+    ``k``, ``v``: (sequences, kv_heads, context, head_dim). ``sinks``: as ``Heads`` has them.
     """
-    if kind.soft_cap is None:
+    if kind.soft_cap is None and sinks is None:
         return scaled_dot_product_attention(
             q, k, v, attn_mask=mask, scale=kind.scale, enable_gqa=True
         )
-    # The library has no place for a cap.
+    # The library has no place for a cap, nor for sinks.
     groups = q.shape[1] // k.shape[1]
     k, v = (side.repeat_interleave(groups, dim=1) for side in (k, v))
     scores = q @ k.transpose(-1, -2) * kind.scale
-    capped = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
-    weights = capped.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32)
+    if kind.soft_cap is not None:
+        scores = kind.soft_cap * torch.tanh(scores / kind.soft_cap)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        of_sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, of_sinks), dim=-1)
+    weights = scores.softmax(dim=-1, dtype=torch.float32)[..., : k.shape[2]]
     return weights.to(q.dtype) @ v

@@ -30,6 +30,21 @@ def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return functional.gelu(gate, approximate="tanh") * up
 
 
+def clamped_silu_and_mul(gate_up: torch.Tensor, slope: float, limit: float) -> torch.Tensor:
+    """Gate * sigmoid(slope * gate) * (up + 1), of what is clamped first (OpenAI, 2025).
+
+    Args:
+        gate_up: (tokens, 2 * size) with the gate first.
+        limit: of the gate from above, and of up from both sides.
+
+    Returns:
+        (tokens, size), rounded once.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate * torch.sigmoid(slope * gate) * (up + 1.0)).to(gate_up.dtype)
+
+
 GatedActivation = Callable[[torch.Tensor], torch.Tensor]
 """(tokens, 2 * size) -> (tokens, size)"""
 

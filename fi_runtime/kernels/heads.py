@@ -30,6 +30,9 @@ class Heads:
     """of the norms"""
     norms_add_one: bool = False
     """whether the norms multiply by 1 + weight"""
+    sinks: torch.Tensor | None = None
+    """(heads,), float32: of each head a score that its softmax has beside those of the keys, for
+    which there is no value (OpenAI, 2025); None: there is none"""
 
     @property
     def has_kernel(self) -> bool:

@@ -4,6 +4,8 @@ On a GPU all experts are one matrix product, of tokens that are sorted by expert
 the weights of those that any token goes to, whose number only the device knows.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
@@ -73,13 +75,24 @@ def route(
     return weights.to(logits.dtype), chosen
 
 
+@dataclass(frozen=True)
+class ExpertMLPs:
+    """A gated MLP for each expert."""
+
+    gate_up: torch.Tensor
+    """(experts, 2 * size, hidden), the gate first"""
+    down: torch.Tensor
+    """(experts, hidden, size)"""
+    activation: GatedActivation
+    """(rows, 2 * size) -> (rows, size)"""
+    gate_up_bias: torch.Tensor | None = None
+    """(experts, 2 * size)"""
+    down_bias: torch.Tensor | None = None
+    """(experts, hidden)"""
+
+
 def experts(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    activation: GatedActivation,
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, mlps: ExpertMLPs
 ) -> torch.Tensor:
     """Sum of weight * down(activation(gate_up(x))) over each token's experts.
 
@@ -87,24 +100,17 @@ def experts(
         x: (tokens, hidden).
         weights: (tokens, per_token).
         chosen: (tokens, per_token), int64; no expert twice for a token.
-        gate_up: (experts, 2 * size, hidden), the gate first.
-        down: (experts, hidden, size).
-        activation: (rows, 2 * size) -> (rows, size).
+        mlps: of all experts.
 
     Returns:
         (tokens, hidden).
     """
     compute = experts_grouped if x.is_cuda else experts_reference
-    return compute(x, weights, chosen, gate_up, down, activation)
+    return compute(x, weights, chosen, mlps)
 
 
 def experts_grouped(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    activation: GatedActivation,
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, mlps: ExpertMLPs
 ) -> torch.Tensor:
     """``experts`` as two products of all experts at once.
 
@@ -112,28 +118,31 @@ def experts_grouped(
     """
     tokens, per_token = chosen.shape
     of_expert, order = chosen.flatten().sort(stable=True)
-    each = torch.arange(len(gate_up), device=x.device)
+    each = torch.arange(len(mlps.gate_up), device=x.device)
     ends = torch.searchsorted(of_expert, each, right=True, out_int32=True)
-    inner = functional.grouped_mm(x[order // per_token], gate_up.mT, offs=ends)
-    sorted_parts = functional.grouped_mm(activation(inner), down.mT, offs=ends)
+    inner = functional.grouped_mm(x[order // per_token], mlps.gate_up.mT, offs=ends)
+    if mlps.gate_up_bias is not None:
+        inner += mlps.gate_up_bias[of_expert]
+    sorted_parts = functional.grouped_mm(mlps.activation(inner), mlps.down.mT, offs=ends)
+    if mlps.down_bias is not None:
+        sorted_parts += mlps.down_bias[of_expert]
     parts = torch.empty_like(sorted_parts).index_copy_(0, order, sorted_parts)
     # Each token's weights times its parts: a product, so that only the sum is rounded.
     return torch.bmm(weights[:, None], parts.view(tokens, per_token, -1))[:, 0]
 
 
 def experts_reference(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    chosen: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    activation: GatedActivation,
+    x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, mlps: ExpertMLPs
 ) -> torch.Tensor:
     """``experts`` in plain torch, one expert after another."""
     out = torch.zeros_like(x)
     for expert in sorted(set(chosen.flatten().tolist())):
         rows, places = (chosen == expert).nonzero(as_tuple=True)
-        inner = activation(functional.linear(x[rows], gate_up[expert]))
-        part = functional.linear(inner, down[expert]) * weights[rows, places, None]
+        gate_up_bias, down_bias = (
+            None if bias is None else bias[expert] for bias in (mlps.gate_up_bias, mlps.down_bias)
+        )
+        inner = mlps.activation(functional.linear(x[rows], mlps.gate_up[expert], gate_up_bias))
+        part = functional.linear(inner, mlps.down[expert], down_bias)
+        part *= weights[rows, places, None]
         out.index_add_(0, rows, part)
     return out

@@ -1,7 +1,7 @@
 import torch
 
 from fi_runtime.kernels.activation import GatedActivation
-from fi_runtime.kernels.moe import experts, route
+from fi_runtime.kernels.moe import ExpertMLPs, experts, route
 from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.norm import RMSNorm
 from fi_runtime.layers.residual import ResidualStream
@@ -33,11 +33,9 @@ class MixtureOfExperts:
 
     Args:
         router: hidden -> experts.
-        gate_up: (experts, 2 * size, hidden), the gate first.
-        down: (experts, hidden, size).
+        mlps: of all experts.
         per_token: experts that each token uses.
         normalised: whether their weights are scaled to a sum of 1.
-        activation: of each.
         shared: added to what those give, if there is one.
     """
 
@@ -45,24 +43,20 @@ class MixtureOfExperts:
         self,
         norm: RMSNorm,
         router: Linear,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
+        mlps: ExpertMLPs,
         per_token: int,
         normalised: bool,
-        activation: GatedActivation,
         shared: SharedExpert | None = None,
     ) -> None:
         self._norm = norm
         self._router = router
-        self._gate_up = gate_up
-        self._down = down
+        self._mlps = mlps
         self._per_token = per_token
         self._normalised = normalised
-        self._activation = activation
         self._shared = shared
 
     def __call__(self, residual: ResidualStream) -> None:
         x = residual.normed(self._norm)
         weights, chosen = route(self._router(x), self._per_token, self._normalised)
-        out = experts(x, weights, chosen, self._gate_up, self._down, self._activation)
+        out = experts(x, weights, chosen, self._mlps)
         residual.add_all(out if self._shared is None else out + self._shared(x))

@@ -31,6 +31,9 @@ class Experts:
     """whether the weights of those chosen are scaled to a sum of 1"""
     shared_size: int = 0
     """of the intermediate layer of an expert that every token goes to; 0: there is none"""
+    slope: float = 1.0
+    limit: float | None = None
+    """of their activation, as ``clamped_silu_and_mul`` takes them; None: it is another"""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class ModelConfig:
     """by which rows of the embedding are multiplied"""
     final_soft_cap: float | None = None
     """logits x become final_soft_cap * tanh(x / final_soft_cap)"""
+    sinks: bool = False
+    """whether each head's softmax has a score beside those of the keys"""
     experts: Experts | None = None
     fp8: Fp8 | None = None
     """of which projections the weights are stored in fp8; None: of none"""

@@ -174,6 +174,7 @@ class DecoderBuilder:
                 k_norm=self._head_norm(f"{prefix}.k_norm"),
                 eps=config.norm_eps,
                 norms_add_one=self.norm_type is OffsetRMSNorm,
+                sinks=self.sinks(f"{prefix}.sinks"),
             ),
             out=self.linear(
                 {f"{prefix}.o_proj": config.hidden_size},
@@ -182,6 +183,12 @@ class DecoderBuilder:
             ),
             post_norm=post_norm,
         )
+
+    def sinks(self, name: str) -> torch.Tensor | None:
+        """As ``Heads`` has them."""
+        if not self.config.sinks:
+            return None
+        return self.weights.take(name, (self.config.heads,)).float()
 
     def qkv(self, prefix: str) -> Linear:
         """(tokens, hidden) -> (tokens, (heads + 2 * kv_heads) * head_dim)."""

@@ -5,6 +5,8 @@ import dataclasses
 import torch
 from transformers import PretrainedConfig
 
+from fi_runtime.kernels.moe import ExpertMLPs
+from fi_runtime.layers.linear import Linear
 from fi_runtime.layers.moe import MixtureOfExperts, SharedExpert
 from fi_runtime.layers.norm import RMSNorm
 from fi_runtime.models.config import Experts, ModelConfig
@@ -13,15 +15,27 @@ from fi_runtime.models.decoder import MLP, DecoderBuilder
 
 class MixtureBuilder(DecoderBuilder):
     def mlp(self, layer: int, norm: RMSNorm, post_norm: RMSNorm | None = None) -> MLP:
-        config, experts = self.config, self.config.experts
+        experts = self.config.experts
         if experts is None or layer not in experts.layers:
             return super().mlp(layer, norm, post_norm)
         prefix = f"model.layers.{layer}.mlp"
-        names = [f"{prefix}.experts.{expert}" for expert in range(experts.count)]
-        size, hidden = experts.intermediate_size, config.hidden_size
         return MixtureOfExperts(
             norm,
-            router=self.linear({f"{prefix}.gate": experts.count}, config.hidden_size, bias=False),
+            router=self.router(prefix, experts.count),
+            mlps=self.expert_mlps(prefix, experts),
+            per_token=experts.per_token,
+            normalised=experts.normalised,
+            shared=self.shared(prefix, experts.shared_size) if experts.shared_size else None,
+        )
+
+    def router(self, prefix: str, count: int) -> Linear:
+        """(tokens, hidden) -> (tokens, experts)."""
+        return self.linear({f"{prefix}.gate": count}, self.config.hidden_size, bias=False)
+
+    def expert_mlps(self, prefix: str, experts: Experts) -> ExpertMLPs:
+        names = [f"{prefix}.experts.{expert}" for expert in range(experts.count)]
+        size, hidden = experts.intermediate_size, self.config.hidden_size
+        return ExpertMLPs(
             gate_up=torch.stack(
                 [
                     self.weight({f"{name}.{part}_proj": size for part in ("gate", "up")}, hidden)
@@ -29,10 +43,7 @@ class MixtureBuilder(DecoderBuilder):
                 ]
             ),
             down=torch.stack([self.weight({f"{name}.down_proj": hidden}, size) for name in names]),
-            per_token=experts.per_token,
-            normalised=experts.normalised,
             activation=self.activation,
-            shared=self.shared(prefix, experts.shared_size) if experts.shared_size else None,
         )
 
     def shared(self, prefix: str, size: int) -> SharedExpert:

@@ -6,10 +6,12 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from fi_runtime.config import ConfigError
+from fi_runtime.models import mxfp4
 from fi_runtime.models.config import ModelConfig, read_json
 from fi_runtime.models.fp8 import read_fp8
 from fi_runtime.models.gemma2 import GEMMA2
 from fi_runtime.models.gemma3 import GEMMA3, GEMMA3_WITH_IMAGES
+from fi_runtime.models.gpt_oss import GPT_OSS
 from fi_runtime.models.llama import LLAMA
 from fi_runtime.models.mistral import MISTRAL
 from fi_runtime.models.phi3 import PHI3
@@ -28,13 +30,9 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": GEMMA2,
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": GEMMA3_WITH_IMAGES,
+    "GptOssForCausalLM": GPT_OSS,
     "Phi3ForCausalLM": PHI3,
 }
-REFUSED = {
-    "GptOssForCausalLM": "its attention has sinks, and its experts come in MXFP4; neither is "
-    "computed here yet",
-}
-"""Architectures that are asked for, and why they are not served."""
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -47,9 +45,8 @@ def load_model_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     name = str((read_json(path).get("architectures") or ["none"])[0])
     if name not in ARCHITECTURES:
-        reason = f": {REFUSED[name]}" if name in REFUSED else ""
         raise ConfigError(
-            f"{path}: architecture {name} is not supported{reason}; "
+            f"{path}: architecture {name} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
     try:
@@ -59,7 +56,9 @@ def load_model_config(folder: Path) -> ModelConfig:
     quantisation = getattr(found, "quantization_config", None)
     try:
         config = ARCHITECTURES[name].read(found)
-        fp8 = read_fp8(quantisation) if quantisation else None
+        fp8 = None
+        if quantisation and quantisation.get("quant_method") != mxfp4.METHOD:
+            fp8 = read_fp8(quantisation)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
     eos_ids = _eos_ids(folder, found)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fi_runtime.config import ConfigError
 from fi_runtime.dtypes import DTYPES
 from fi_runtime.kernels.fp8 import BLOCK, FP8, dequantised, fits, has_products
+from fi_runtime.models import mxfp4
 from fi_runtime.models.config import read_json
 from fi_runtime.models.fp8 import Fp8
 
@@ -98,14 +99,12 @@ class CheckpointWeights:
         Raises:
             ConfigError: no such tensor, or one of another shape.
         """
+        if not self.has(name) and self.has(f"{name}_blocks"):
+            return self._take_mxfp4(name, shape)
         tensor = self._read(name, [shape])
         if self._fp8 and tensor.dtype == FP8:
             return dequantised(*self._with_scale(name, tensor)).to(self._dtype)
-        if tensor.dtype not in DTYPES.values():
-            raise ConfigError(
-                f"{self._folder / self._file_of[name]}: tensor {name} has dtype {tensor.dtype}; "
-                f"supported are {', '.join(DTYPES)}"
-            )
+        self._check_dtype(name, tensor, DTYPES)
         return self._to_device(tensor, self._dtype)
 
     def has(self, name: str) -> bool:
@@ -131,6 +130,28 @@ class CheckpointWeights:
     def _is_fp8(self, name: str) -> bool:
         file = self._file_of.get(name)
         return file is not None and self._files[file].get_slice(name).get_dtype() == "F8_E4M3"
+
+    def _take_mxfp4(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """(experts, in, out), seen through what is stored and computed by outputs."""
+        blocks, scales = (
+            self._take_codes(f"{name}_{part}", stored)
+            for part, stored in zip(("blocks", "scales"), mxfp4.stored_shapes(shape), strict=True)
+        )
+        return mxfp4.dequantised(blocks, scales, self._dtype).mT
+
+    def _take_codes(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        tensor = self._read(name, [shape])
+        self._check_dtype(name, tensor, {"uint8": torch.uint8})
+        return self._to_device(tensor, torch.uint8)
+
+    def _check_dtype(
+        self, name: str, tensor: torch.Tensor, supported: Mapping[str, torch.dtype]
+    ) -> None:
+        if tensor.dtype not in supported.values():
+            raise ConfigError(
+                f"{self._folder / self._file_of[name]}: tensor {name} has dtype {tensor.dtype}; "
+                f"supported are {', '.join(supported)}"
+            )
 
     def _with_scale(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A weight in fp8 on the device, and its scale in float32."""
@@ -300,14 +321,15 @@ class CountedWeights:
         return _said_to_keep(self._fp8, outputs, inputs)
 
     def take_fp8(self, name: str, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Without elements; the scales' few are not counted."""
+        """Likewise; the scales' few bytes are not counted."""
         self.nbytes += math.prod(shape) * FP8.itemsize
-        return torch.empty(0, dtype=FP8), torch.empty((0, 1))
+        scale = torch.empty((shape[0], 1), device="meta")
+        return torch.empty(shape, dtype=FP8, device="meta"), scale
 
     def take(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor without elements."""
+        """A tensor without memory."""
         self.nbytes += math.prod(shape) * self._dtype.itemsize
-        return torch.empty(0, dtype=self._dtype)
+        return torch.empty(shape, dtype=self._dtype, device="meta")
 
     def close(self) -> None:
         """Nothing is held open."""
