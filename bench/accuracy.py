@@ -1,6 +1,6 @@
 """How many of the demo checkpoint's tasks a running server answers exactly, greedily.
 
-    python -m bench.accuracy [--url host:port] [--count 300] [--cache-dtype fp8]
+    python -m bench.accuracy [--url host:port] [--count 300] [--cache-dtype fp8] [--kernels FOLDER]
 
 Asks the door ``llm_unary`` over gRPC, several requests at a time; without ``--url`` it starts a
 server of its own on the default checkpoint. No prompt was seen in training.
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench.options import Out
+from bench.options import Kernels, Out
 from bench.results import write_results
 from client.request import Request
 from client.tensors import to_piece, to_tensors
@@ -39,14 +39,15 @@ TASKS: list[tuple[str, Task, int]] = [
 
 
 @contextmanager
-def running_server(url: str, cache_dtype: CacheDTypeName) -> Iterator[str]:
+def running_server(url: str, cache_dtype: CacheDTypeName, kernels: Path | None) -> Iterator[str]:
     """The address of the server given, or of one that runs for as long as it is needed."""
     if url:
         yield url
         return
     with tempfile.TemporaryDirectory() as name:
         checkpoint = SHIPPED / STREAMED / "demo_checkpoint"
-        knobs = {"cache_dtype": cache_dtype, "kernels": SHIPPED / STREAMED / "kernels"}
+        kernels = kernels or SHIPPED / STREAMED / "kernels"
+        knobs = {"cache_dtype": cache_dtype, "kernels": kernels.resolve()}
         repository = write_repository(Path(name) / "repository", checkpoint, knobs)
         with TritonServer(repository, log=Path(name) / "log") as server:
             server.wait_ready()
@@ -67,6 +68,7 @@ def main(
         CacheDTypeName, typer.Option(help="The engine's knob, without --url.")
     ] = "auto",
     concurrency: Annotated[int, typer.Option(help="Requests at a time.")] = 16,
+    kernels: Kernels = None,
     wrong: Annotated[int, typer.Option(help="Wrong answers to show of each task.")] = 2,
     out: Out = None,
 ) -> None:
@@ -76,7 +78,10 @@ def main(
     table = Table(title="Exact answers, greedy, through the running server")
     for column in ("task", "right", "of", "share"):
         table.add_column(column, justify="left" if column == "task" else "right")
-    with running_server(url, cache_dtype) as address, ThreadPoolExecutor(concurrency) as pool:
+    with (
+        running_server(url, cache_dtype, kernels) as address,
+        ThreadPoolExecutor(concurrency) as pool,
+    ):
         client = triton.InferenceServerClient(address)
 
         def ask(example: Example) -> str:

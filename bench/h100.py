@@ -11,7 +11,7 @@ beside long prompts, shared prefixes, adapters, products by rows, and how fast w
 and a server under faults. Each part writes its results file and is run whatever became of those
 before it; the exit code is 1 if any failed. Parts: tests, doctor, attention, served, transport,
 serving, fidelity, offline, latency, moe, timeline, mixed, prefix, lora, offline_fp8_cache,
-products, loading, soak; all where none is named.
+accuracy_fp8_cache, offline_fp8_weights, products, loading, soak; all where none is named.
 """
 
 import functools
@@ -50,6 +50,7 @@ AT_A_TIME = 4
 """of the tests that may share the GPU; what takes long is that each starts an engine"""
 CONCURRENCIES = (1, 32)
 STREAMS = (1, 16, 64, 256)
+FP8_WEIGHTS = ("Llama-3.1-8B-FP8", "Qwen3-14B-FP8")
 SOAK_MINUTES = "8"
 ALONE = ("fidelity", "offline", "latency", "moe", "timeline", "mixed", "prefix", "lora")
 """of the engine, without a server"""
@@ -177,6 +178,12 @@ def main(
         options = (*PEERS, "--cache-dtype", "fp8")
         measure("offline", *options, name="offline_fp8_cache")
 
+    def accuracy_fp8_cache() -> None:
+        measure("accuracy", "--cache-dtype", "fp8", name="accuracy_fp8_cache")
+
+    def offline_fp8_weights() -> None:
+        measure("offline", *FP8_WEIGHTS, name="offline_fp8_weights")
+
     def attention() -> None:
         given = {"--old": old, "--old-kernels": old_kernels}
         measure(
@@ -198,6 +205,8 @@ def main(
         "serving": serving,
         **{name: functools.partial(measure, name) for name in ALONE},
         "offline_fp8_cache": offline_fp8_cache,
+        "offline_fp8_weights": offline_fp8_weights,
+        "accuracy_fp8_cache": accuracy_fp8_cache,
         **{
             name: functools.partial(_run, f"bench.{name}", "--out", str(out / f"{name}.json"))
             for name in ("products", "loading")

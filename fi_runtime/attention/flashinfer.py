@@ -23,6 +23,7 @@ from fi_runtime.attention.base import (
     plain_kinds,
     spare_layout,
 )
+from fi_runtime.attention.beside import Beside
 from fi_runtime.attention.workspace import (
     MIN_PLAN_BYTES,
     Workspace,
@@ -120,24 +121,25 @@ class FlashInferAttention:
         self.runs: dict[str, str] = {}
         """what each kind of wrapper really runs: fa2, fa3, or cuda-core"""
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-        partial = torch.empty(
-            partial_bytes(heads, shape.kv_heads, shape.head_dim, limits.captured, processors),
-            dtype=torch.uint8,
-            device=device,
+
+        def bytes_there(size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=torch.uint8, device=device)
+
+        # Of decode, captured or not, and of prompts, which a step may have beside it.
+        partial, partial_of_prompts = (
+            bytes_there(partial_bytes(heads, shape.kv_heads, shape.head_dim, count, processors))
+            for count in (limits.captured, 0)
         )
         layers = tuple(kinds or plain_kinds(shape.layers, shape.head_dim))
         distinct = list(dict.fromkeys(layers))
 
-        def workspaces(tokens: int) -> dict[AttentionKind, Workspace]:
+        def workspaces(tokens: int, partial: torch.Tensor) -> dict[AttentionKind, Workspace]:
             planned = plan_bytes(heads, shape.kv_heads, tokens, limits.captured)
-            return {
-                kind: Workspace(partial, torch.empty(planned, dtype=torch.uint8, device=device))
-                for kind in distinct
-            }
+            return {kind: Workspace(partial, bytes_there(planned)) for kind in distinct}
 
         tensor_cores = heads // shape.kv_heads >= TENSOR_CORE_RATIO
         self._common = _Common(
-            cache, dtype or cache.data.dtype, heads, layers, partial, tensor_cores, backend
+            cache, dtype or cache.data.dtype, heads, layers, tensor_cores, backend
         )
         # The pages of sequences, those of padding, and those that prompts' tokens have each for
         # itself, of which one is not full.
@@ -156,17 +158,20 @@ class FlashInferAttention:
         library = flashinfer()
         self._decode = _Wrappers(
             self._common,
-            workspaces(limits.captured),
+            workspaces(limits.captured, partial),
             lambda: library.BatchDecodeWithPagedKVCacheWrapper(
                 partial, "NHD", use_tensor_cores=tensor_cores, backend=backend
             ),
         )
         self._prefill = _Wrappers(
             self._common,
-            workspaces(limits.tokens),
-            lambda: library.BatchPrefillWithPagedKVCacheWrapper(partial, "NHD", backend=backend),
+            workspaces(limits.tokens, partial_of_prompts),
+            lambda: library.BatchPrefillWithPagedKVCacheWrapper(
+                partial_of_prompts, "NHD", backend=backend
+            ),
             prefill=True,
         )
+        self._beside = Beside(device)
         self._planned: list[tuple[slice, _Wrappers]] = []
         """which of the step's tokens each kind of wrapper attends to"""
         self._check(limits)
@@ -209,8 +214,16 @@ class FlashInferAttention:
         Args:
             sinks: as ``Heads`` has them.
         """
-        for rows, wrappers in self._planned:
-            wrappers.run(layer, q[rows], sinks, out[rows])
+        first, *others = self._planned
+        for rows, wrappers in others:
+            # Decode waits for memory, prompts for arithmetic. It is launched first, since what
+            # computes prompts leaves no room on the GPU for what comes after it.
+            with self._beside.launching():
+                wrappers.run(layer, q[rows], sinks, out[rows])
+        rows, wrappers = first
+        wrappers.run(layer, q[rows], sinks, out[rows])
+        if others:
+            self._beside.join()
         return out
 
     def for_graph(self, sequences: int) -> "GraphDecodeAttention":
@@ -447,8 +460,6 @@ class _Common:
     heads: int
     kinds: tuple[AttentionKind, ...]
     """of each layer"""
-    partial: torch.Tensor
-    """what the workspaces share"""
     tensor_cores: bool
     """of decode"""
     backend: Backend

@@ -15,9 +15,10 @@ MIN_PLAN_BYTES = 8 << 20
 class Workspace:
     """Partial results of split contexts, and the plans that say who computes which split.
 
-    One wrapper runs at a time, in the order of one stream, so that one place for partial results
-    is enough for all of them. A plan must last for its step, in which each kind of attention may
-    have one for prefill and one for decode: a workspace each.
+    Wrappers that run one after another, in the order of one stream, share a place for partial
+    results; prompts and decode of a step run beside each other, and have one each. A plan must last
+    for its step, in which each kind of attention may have one for prefill and one for decode: a
+    workspace each.
 
     Args:
         partial: for partial results; bytes, on the device.
