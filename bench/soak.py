@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -71,6 +72,8 @@ HELD_S = 2.0
 """how long an engine is stopped, from which it goes on"""
 REPORTED_S = 2.0
 """how old metrics may be"""
+HUNG_S = TIMEOUT_S + 15.0
+"""for a client's last request to end, its client's own part included"""
 PAUSE_S = 0.2
 """of a client that was refused"""
 LEAVE_SHARE = 0.1
@@ -370,6 +373,8 @@ class Soak:
         self._closed_doors: set[str] = set()
         self._asking: Counter[str] = Counter()
         """requests in flight at each door"""
+        self._calls: dict[int, tuple[str, float, str]] = {}
+        """of each client's thread the last request: its door, when it was sent, and how"""
         self._lock = threading.Lock()
         self._next_fault = itertools.cycle([self._kill_engine, self._hold_engine, self._kill_stub])
 
@@ -383,7 +388,7 @@ class Soak:
         end = time.monotonic() + seconds
         stop = threading.Event()
         threads = [
-            threading.Thread(target=self._ask, args=[Random(i + len(self.sent)), stop])
+            threading.Thread(target=self._ask, args=[Random(i + len(self.sent)), stop], daemon=True)
             for i in range(self._clients)
         ]
         for thread in threads:
@@ -401,8 +406,21 @@ class Soak:
                 time.sleep(PAUSE_S)
         finally:
             stop.set()
+            end = time.monotonic() + HUNG_S
             for thread in threads:
-                thread.join()
+                thread.join(max(0.0, end - time.monotonic()))
+                if thread.is_alive():
+                    self._give_up(thread)
+
+    def _give_up(self, thread: threading.Thread) -> None:
+        """Of a client that is not even told that its time is over, say where it waits."""
+        assert thread.ident is not None
+        now = time.monotonic()
+        door, began, what = self._calls[thread.ident]
+        frame = sys._current_frames()[thread.ident]
+        self._show(f"HUNG: {what} at {door}\n{''.join(traceback.format_stack(frame))}")
+        with self._lock:
+            self.sent.append(Sent(door, began, now, "HUNG", what))
 
     def lost(self) -> list[Sent]:
         return [
@@ -446,6 +464,7 @@ class Soak:
         began = time.monotonic()
         with self._lock:
             self._asking[door] += 1
+            self._calls[threading.get_ident()] = door, began, repr(call)
         code, message, wrong = "left" if expected is None else "answered", "", False
         try:
             answer = call()

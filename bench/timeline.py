@@ -42,6 +42,7 @@ STEPS = 20
 BATCHES = [1, 8, 64, 256]
 CONTEXT = 1024
 """tokens of each prompt"""
+HOST_STEPS = 100
 WARM_UP = 8
 """decode steps before those that are recorded"""
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
@@ -113,12 +114,9 @@ def short(name: str) -> str:
     return re.split(r"[<(]", name.replace("(anonymous namespace)::", ""))[0][:60]
 
 
-def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> float:
-    """Leave a trace of the steps in a file; the median of the host's seconds for others.
-
-    Of these what the host waits for the device is taken off. It finds its caches cold, as it does
-    whenever it serves.
-    """
+@contextlib.contextmanager
+def decoding(engine: Engine, batch: int, params: SamplingParams) -> Iterator[None]:
+    """So many sequences, all of which decode within this context."""
     rng = random.Random(batch)
     prompts = [[rng.randint(0, VOCABULARY) for _ in range(CONTEXT)] for _ in range(batch)]
     keys = [(b"", number) for number in range(batch)]
@@ -128,23 +126,37 @@ def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> f
     while min(tokens.values()) < WARM_UP:
         for key, output in engine.step():
             tokens[key] += len(output.tokens)
-    host = []
-    with timed_waits() as waits:
-        for _ in range(STEPS):
-            waits.clear()
-            begin = time.perf_counter()
-            engine.step()
-            host.append(time.perf_counter() - begin - sum(waits))
-    for steps in (1, 1 + STEPS):  # to warm up, too
-        with profile(activities=[ProfilerActivity.CUDA]) as recording:
-            for _ in range(steps):
-                engine.step()
-    recording.export_chrome_trace(str(trace))
+    yield
     for key in keys:
         engine.abort(key)
     engine.step()
     engine.tree.forget()
-    return statistics.median(host)
+
+
+def host_us(engine: Engine, batch: int, params: SamplingParams) -> float:
+    """The median of what the host works for a step, without what it waits for the device.
+
+    It finds its caches cold, as it does whenever it serves. No profiler may have run in this
+    process: one that has stays attached to the driver, and delays its calls.
+    """
+    seconds = []
+    with decoding(engine, batch, params), timed_waits() as waits:
+        for _ in range(HOST_STEPS):
+            waits.clear()
+            begin = time.perf_counter()
+            engine.step()
+            seconds.append(time.perf_counter() - begin - sum(waits))
+    return round(statistics.median(seconds) * 1e6, 1)
+
+
+def record(engine: Engine, batch: int, params: SamplingParams, trace: Path) -> None:
+    """Leave a trace of the steps in a file."""
+    with decoding(engine, batch, params):
+        for steps in (1, 1 + STEPS):  # to warm up, too
+            with profile(activities=[ProfilerActivity.CUDA]) as recording:
+                for _ in range(steps):
+                    engine.step()
+        recording.export_chrome_trace(str(trace))
 
 
 @contextlib.contextmanager
@@ -165,22 +177,20 @@ def timed_waits() -> Iterator[list[float]]:
 
 
 def point(engine: Engine, batch: int, params: SamplingParams, keep: Path | None) -> dict[str, Any]:
-    """One batch's times of a step, in microseconds, and what the GPU's are made of.
+    """One batch's times of a step on the GPU, in microseconds, and what they are made of.
 
-    Keys: batch, context, step_us, host_us, between_us (the longest time from one replay's end to
+    Keys: batch, context, step_us, between_us (the longest time from one replay's end to
     the next one's begin), longest_gap_us and idle_us (of a step, with pauses between kernels),
     kernels of all the steps. From the end of the first replay on: the profiler itself delays what
     comes before.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        host_s = record(engine, batch, params, path)
+        record(engine, batch, params, path)
         text = path.read_bytes()
     if keep is not None:
         keep.write_bytes(gzip.compress(text))
-    return {"batch": batch, "context": CONTEXT, "host_us": round(host_s * 1e6, 1)} | times_of(
-        spans_of(json.loads(text))
-    )
+    return {"batch": batch, "context": CONTEXT} | times_of(spans_of(json.loads(text)))
 
 
 def times_of(spans: list[Span]) -> dict[str, Any]:
@@ -197,6 +207,15 @@ def times_of(spans: list[Span]) -> dict[str, Any]:
         "idle_us": round(sum(gaps) / len(between), 1),
         "kernels": totals_of(recorded),
     }
+
+
+def host_times(
+    model: str, batches: list[int], params: SamplingParams, kernels: Path | None
+) -> list[float]:
+    """As ``host_us`` gives it, of each batch."""
+    with tempfile.TemporaryDirectory() as name:
+        engine, _ = engine_of(model, kernels, Path(name))
+        return [host_us(engine, batch, params) for batch in batches]
 
 
 def measure(
@@ -235,11 +254,17 @@ def main(
         seed=0,
         ignore_eos=True,
     )
-    rows: list[dict[str, Any]] = []
-    for model in models or PEERS:
-        rows += measure(model, batch or BATCHES, params, kernels, out)
+    models, batches = models or list(PEERS), batch or BATCHES
+    host: list[float] = []
+    for model in models:  # of all, before any is recorded
+        host += host_times(model, batches, params, kernels)
         release()
-    for row in rows:
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        rows += measure(model, batches, params, kernels, out)
+        release()
+    for row, us in zip(rows, host, strict=True):
+        row["host_us"] = us
         title = (
             "{model}, batch {batch}: step {step_us} us, host {host_us}, between two {between_us}, "
             "idle {idle_us}"
