@@ -697,7 +697,7 @@ def main(
         show(f"{len(expected)} requests answered alone")
         soak = Soak(server, expected, clients, show)
         # Of a server that has seen all of it, faults included, memory may stay what it is.
-        warm_up_s = max(60.0, seconds / 6)
+        warm_up_s = max(60.0, seconds / 8)
         soak.traffic(warm_up_s, fault_every_s=warm_up_s / 8, calm_s=warm_up_s / 2)
         pages_held(server)
         before = memory_mb(server)

@@ -1,14 +1,17 @@
 """The soak in a short form, and that it can fail."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from bench import soak as module
 from bench.soak import (
     Answer,
     Case,
+    Client,
     Fault,
     Sent,
     Soak,
@@ -73,6 +76,25 @@ def test_a_wrong_answer_is_found_on_every_way(soaked: TritonServer, known: Known
     assert {one.door for one in ended} > {STREAMED, UNARY}
     assert all(one.wrong for one in ended)
     assert defects(row_of(soak, 2, memory_mb(soaked), 0)) == [f"{len(ended)} wrong"]
+
+
+def test_a_client_that_hangs_is_lost_and_says_where(
+    soaked: TritonServer, known: Known, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released, shown = threading.Event(), list[str]()
+
+    def hang(*_: Any, **__: Any) -> Answer:
+        released.wait(30)
+        return Answer()
+
+    for way in ("stream_grpc", "infer_grpc", "infer_http", "generate", "generate_stream"):
+        monkeypatch.setattr(Client, way, hang)
+    monkeypatch.setattr(module, "HUNG_S", 0.1)
+    soak = Soak(soaked, known, clients=2, show=shown.append)
+    soak.traffic(0.1)
+    released.set()
+    assert [one.code for one in soak.lost()] == ["HUNG", "HUNG"]
+    assert all("in hang" in text for text in shown)
 
 
 def test_pages_that_are_held_are_found(soaked: TritonServer) -> None:
