@@ -7,6 +7,7 @@ import torch
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     MistralConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -102,6 +103,21 @@ def read(architecture: str, config: PreTrainedConfig, folder: Path) -> ModelConf
             Qwen3Config(**SHAPE, layer_types=["chunked_attention"] * 3),
             "layer_types has 'chunked_attention'; supported are full_attention and sliding_att",
         ),
+        (
+            "Qwen3MoeForCausalLM",
+            Qwen3MoeConfig(**SHAPE, num_experts=6, num_experts_per_tok=7),
+            "num_experts_per_tok is 7; expected 1 to 6, as many experts as there are",
+        ),
+        (
+            "GptOssForCausalLM",
+            GptOssConfig(**SHAPE, num_local_experts=6, num_experts_per_tok=0),
+            "num_experts_per_tok is 0; expected 1 to 6, as many experts as there are",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            Qwen3Config(**SHAPE, quantization_config={"quant_method": "mxfp4"}),
+            "quantization_config has quant_method 'mxfp4'; supported are quant_method fp8 and",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused(
@@ -131,7 +147,7 @@ def test_what_cannot_be_served_is_refused(
             "Qwen3MoeForCausalLM",
             Qwen3MoeConfig(head_dim=128, moe_intermediate_size=764),
             torch.bfloat16,
-            "hidden_size=2048, moe_intermediate_size=764: .* are of multiples of 8",
+            "hidden_size=2048, experts' intermediate size=764: .* are of multiples of 8",
         ),
         (
             "Qwen3ForCausalLM",

@@ -1,8 +1,10 @@
 """What FlashInfer is told, on the CPU: its wrappers are stood in for by what its documentation says
 that they compute. The real ones are for tests/test_gpu.py."""
 
+import contextlib
 import itertools
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -41,7 +43,7 @@ class Wrapper:
         self.staged: list[int] = []
 
     def reset_workspace_buffer(self, partial: torch.Tensor, plan: torch.Tensor) -> None:
-        self.workspace = plan
+        self.workspace, self.partial = plan, partial
 
     def workspace_size(self, *_: Any, **__: Any) -> tuple[int, int]:
         return 1, 1
@@ -312,6 +314,47 @@ def test_plans_that_follow_each_other_are_staged_apart(pair: SimpleNamespace) ->
         assert len(set(staged)) == 2
         assert all(a != b for a, b in itertools.pairwise(staged))
     assert len({buffer for wrapper in wrappers for buffer in wrapper.staged}) == 2 * len(wrappers)
+
+
+def test_decode_runs_beside_prompts_until_both_are_done(
+    pair: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    class Recorded:
+        @contextlib.contextmanager
+        def launching(self) -> Iterator[None]:
+            yield
+            done.append("launched beside")
+
+        def join(self) -> None:
+            done.append("joined")
+
+    monkeypatch.setattr(pair.ours, "_beside", Recorded())
+    run = Wrapper.run
+
+    def recorded(self: Wrapper, *arguments: Any, **options: Any) -> Any:
+        done.append(type(self).__name__)
+        return run(self, *arguments, **options)
+
+    monkeypatch.setattr(Wrapper, "run", recorded)
+    page_size = pair.shape.page_size
+    layout = make_layout([5, 3, 1, 1], [9, 3, 30, 7], page_size, random.Random(0), 200)
+    pair.ours.plan(layout)
+    qkv = torch.randn(10, (pair.heads.heads + 2 * pair.heads.kv_heads) * HEAD_DIM)
+    pair.ours(0, qkv, pair.heads)
+    assert done == ["Wrapper", "launched beside", "Prefill", "joined"]
+    done.clear()
+    monkeypatch.setattr(Prefill, "run", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pair.ours(0, qkv, pair.heads)
+    assert done[-1] == "joined"
+    # What they write while neither waits for the other.
+    decode, prompts = (
+        {each._wrapper.partial.data_ptr() for each in wrappers._of_kind.values()}
+        for wrappers in (pair.ours._decode, pair.ours._prefill)
+    )
+    assert decode.isdisjoint(prompts)
 
 
 def test_every_wrapper_is_told_fa2(pair: SimpleNamespace) -> None:

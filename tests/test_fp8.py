@@ -138,6 +138,18 @@ def test_a_scale_that_is_missing_or_of_another_shape_is_named(tmp_path: Path) ->
             Engine(EngineConfig(checkpoint=str(tmp_path)))
 
 
+def test_experts_that_are_stored_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    write("gpt-oss", tmp_path)
+    path, name = tmp_path / "model.safetensors", "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = load_file(path)
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": PLAIN}))
+    with pytest.raises(ConfigError, match=f"tensor {name} is in fp8 and has shape .* matrices"):
+        Engine(EngineConfig(checkpoint=str(tmp_path)))
+
+
 def test_adapters_of_weights_in_fp8_are_refused(tmp_path: Path) -> None:
     model = write("llama 2", tmp_path / "model")
     write_adapter(model, tmp_path / "adapter")

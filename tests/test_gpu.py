@@ -17,6 +17,7 @@ from transformers import (
 from bench.fidelity import config_of, reference, write_family
 from fi_runtime.attention.ahead import Ahead
 from fi_runtime.attention.base import Attention, AttentionKind, StepLayout, spare_layout
+from fi_runtime.attention.beside import Beside
 from fi_runtime.attention.flashinfer import (
     FlashInferAttention,
     GraphDecodeAttention,
@@ -247,6 +248,19 @@ def compare(
         found = attention(layer, qkv, own)
         expected = reference(layer, qkv[:tokens].float(), own)
         assert error(found[:tokens], expected) < 1e-2
+
+
+def test_what_runs_beside_waits_for_what_came_before_and_is_waited_for() -> None:
+    beside, cycles = Beside(torch.device("cuda")), 50_000_000
+    before, copied, within = torch.zeros(3, device="cuda").unbind()
+    torch.cuda._sleep(cycles)
+    before.fill_(1.0)
+    with beside.launching():
+        copied.copy_(before)
+        torch.cuda._sleep(cycles)
+        within.fill_(1.0)
+    beside.join()
+    assert (copied.item(), (within + 0.0).item()) == (1.0, 1.0)
 
 
 NO_GRAPHS = {"decode_graphs": 0, "piece_graphs": 0}

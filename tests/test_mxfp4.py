@@ -54,6 +54,27 @@ def test_answers_are_transformers_own(twin: Twin) -> None:
     twin.check(twin.engine(step_tokens=64), [1, 2, 33, 100, 300])
 
 
+def test_inputs_that_are_no_whole_blocks_are_refused(tmp_path: Path) -> None:
+    model = write("gpt-oss", tmp_path)
+    path, name = tmp_path / "model.safetensors", NAMES[0]
+    tensors = load_file(path)
+    del tensors[name]
+    tensors[f"{name}_blocks"] = torch.zeros((6, 80, 1, 16), dtype=torch.uint8)
+    tensors[f"{name}_scales"] = torch.zeros((6, 80, 1), dtype=torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"{name} is in MXFP4, and has 48 inputs .* of 32"):
+        Twin(tmp_path, model).engine()
+
+
+def test_matrices_in_mxfp4_are_not_known(twin: Twin) -> None:
+    path, name = twin.folder / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
+    tensors = load_file(path)
+    tensors[f"{name}_blocks"] = tensors.pop(name).to(torch.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=f"tensor {name} is in none of its 1 safetensors files"):
+        twin.engine()
+
+
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [

@@ -215,15 +215,18 @@ class FlashInferAttention:
             sinks: as ``Heads`` has them.
         """
         first, *others = self._planned
-        for rows, wrappers in others:
-            # Decode waits for memory, prompts for arithmetic. It is launched first, since what
-            # computes prompts leaves no room on the GPU for what comes after it.
-            with self._beside.launching():
-                wrappers.run(layer, q[rows], sinks, out[rows])
-        rows, wrappers = first
-        wrappers.run(layer, q[rows], sinks, out[rows])
-        if others:
-            self._beside.join()
+        try:
+            for rows, wrappers in others:
+                # Decode waits for memory, prompts for arithmetic. It is launched first, since what
+                # computes prompts leaves no room on the GPU for what comes after it.
+                with self._beside.launching():
+                    wrappers.run(layer, q[rows], sinks, out[rows])
+            rows, wrappers = first
+            wrappers.run(layer, q[rows], sinks, out[rows])
+        finally:
+            # RACE: after an error, too, memory that decode reads and writes may be another's next.
+            if others:
+                self._beside.join()
         return out
 
     def for_graph(self, sequences: int) -> "GraphDecodeAttention":

@@ -37,8 +37,8 @@ def check_sizes(dtype: torch.dtype, hidden: int, size: int) -> None:
         )
     if hidden % MULTIPLE or size % MULTIPLE:
         raise ConfigError(
-            f"hidden_size={hidden}, moe_intermediate_size={size}: experts' products on a GPU are "
-            f"of multiples of {MULTIPLE}; use KIND_CPU"
+            f"hidden_size={hidden}, experts' intermediate size={size}: experts' products on a GPU "
+            f"are of multiples of {MULTIPLE}; use KIND_CPU"
         )
 
 

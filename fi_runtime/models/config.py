@@ -35,6 +35,18 @@ class Experts:
     limit: float | None = None
     """of their activation, as ``clamped_silu_and_mul`` takes them; None: it is another"""
 
+    def __post_init__(self) -> None:
+        """Refuse what cannot be computed.
+
+        Raises:
+            ConfigError: a token would have no expert, or more than there are.
+        """
+        if self.layers and not 1 <= self.per_token <= self.count:
+            raise ConfigError(
+                f"num_experts_per_tok is {self.per_token}; expected 1 to {self.count}, as many "
+                "experts as there are"
+            )
+
 
 @dataclass(frozen=True)
 class ModelConfig:

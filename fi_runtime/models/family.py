@@ -18,6 +18,8 @@ class Family:
     read: Callable[[PretrainedConfig], ModelConfig] = read_common
     """raises ConfigError for what cannot be served"""
     builder: type[DecoderBuilder] = DecoderBuilder
+    mxfp4: bool = False
+    """whether experts may be stored in MXFP4"""
 
     def build(
         self,

@@ -9,7 +9,7 @@ from fi_runtime.kernels.fp8 import BLOCK
 
 _SUPPORTED = (
     "supported are quant_method fp8 and compressed-tensors with weights in e4m3 that have a scale "
-    f"for each tensor, row or block of {BLOCK} x {BLOCK}, and mxfp4"
+    f"for each tensor, row or block of {BLOCK} x {BLOCK}, and mxfp4 of gpt-oss"
 )
 
 

@@ -44,10 +44,11 @@ def _read(found: PretrainedConfig) -> ModelConfig:
         per_token=found.num_experts_per_tok,
         intermediate_size=found.intermediate_size,
         normalised=True,
-        slope=found.swiglu_alpha,
-        limit=found.swiglu_limit,
+        # Not of all versions of transformers, whose model then computes with these.
+        slope=getattr(found, "swiglu_alpha", 1.702),
+        limit=getattr(found, "swiglu_limit", 7.0),
     )
     return dataclasses.replace(common, sinks=True, experts=experts)
 
 
-GPT_OSS = Family(_read, _Builder)
+GPT_OSS = Family(_read, _Builder, mxfp4=True)

@@ -55,9 +55,10 @@ def load_model_config(folder: Path) -> ModelConfig:
         raise ConfigError(f"{path}: {error}") from error
     quantisation = getattr(found, "quantization_config", None)
     try:
-        config = ARCHITECTURES[name].read(found)
+        family = ARCHITECTURES[name]
+        config = family.read(found)
         fp8 = None
-        if quantisation and quantisation.get("quant_method") != mxfp4.METHOD:
+        if quantisation and not (family.mxfp4 and quantisation.get("quant_method") == mxfp4.METHOD):
             fp8 = read_fp8(quantisation)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

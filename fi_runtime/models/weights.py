@@ -99,7 +99,7 @@ class CheckpointWeights:
         Raises:
             ConfigError: no such tensor, or one of another shape.
         """
-        if not self.has(name) and self.has(f"{name}_blocks"):
+        if len(shape) == 3 and not self.has(name) and self.has(f"{name}_blocks"):
             return self._take_mxfp4(name, shape)
         tensor = self._read(name, [shape])
         if self._fp8 and tensor.dtype == FP8:
@@ -133,6 +133,11 @@ class CheckpointWeights:
 
     def _take_mxfp4(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """(experts, in, out), seen through what is stored and computed by outputs."""
+        if shape[1] % mxfp4.BLOCK:
+            raise ConfigError(
+                f"{self._folder / self._file_of[f'{name}_blocks']}: tensor {name} is in MXFP4, and "
+                f"has {shape[1]} inputs by config.json; expected a multiple of {mxfp4.BLOCK}"
+            )
         blocks, scales = (
             self._take_codes(f"{name}_{part}", stored)
             for part, stored in zip(("blocks", "scales"), mxfp4.stored_shapes(shape), strict=True)
@@ -156,6 +161,11 @@ class CheckpointWeights:
     def _with_scale(self, name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A weight in fp8 on the device, and its scale in float32."""
         assert self._fp8 is not None
+        if tensor.dim() != 2:
+            raise ConfigError(
+                f"{self._folder / self._file_of[name]}: tensor {name} is in fp8 and has shape "
+                f"{list(tensor.shape)}; supported in fp8 are matrices"
+            )
         outputs, inputs = tensor.shape
         shapes: list[tuple[int, ...]] = [(), (1,), (outputs,), (outputs, 1)]
         if self._fp8.blocks:
