@@ -704,6 +704,7 @@ def main(
         show(f"memory at the start: {before}")
         begin = time.monotonic()
         soak.traffic(seconds, fault_every, calm_s=max(20.0, seconds / 10))
+        show(f"all of {len(soak.sent)} requests have ended")
         leaked = pages_held(server)
         row = row_of(soak, time.monotonic() - begin, before, leaked)
         for one in soak.lost()[:20]:
