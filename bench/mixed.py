@@ -1,6 +1,6 @@
 """Streams beside long prompts: how even the streams stay, and how fast the prompts are computed.
 
-    python -m bench.mixed [MODEL ...] [--chunk-tokens 480 ...] [--kernels FOLDER] [--out FILE]
+    python -m bench.mixed [MODEL ...] [--chunk-tokens 512 ...] [--kernels FOLDER] [--out FILE]
 
 The engine alone. 32 sequences decode; then prompts of 16,384 tokens arrive one after another. Times
 between tokens are those between the steps that give them; a prompt takes from its arrival to its

@@ -163,12 +163,12 @@ class EngineConfig(RequestLimits, frozen=True, kw_only=True, forbid_unknown_fiel
     chunk_tokens: Annotated[
         int,
         Meta(
-            ge=0,
+            ge=1,
             le=1 << 20,
             description="prompt tokens that a step computes beside decoding sequences, for each "
-            "prompt that waits, fewer at long contexts; 0: 512 on the CPU, 480 on a GPU",
+            "prompt that waits, fewer at long contexts",
         ),
-    ] = 0
+    ] = 512
     cpu_threads: Annotated[
         int,
         Meta(
@@ -204,8 +204,8 @@ class EngineConfig(RequestLimits, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 _DEVICE_DEFAULTS: dict[Device, dict[str, int]] = {
-    "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512, "chunk_tokens": 512},
-    "cuda": {"max_sequences": 256, "step_tokens": 8192, "chunk_tokens": 480},
+    "cpu": {"cache_tokens": 65_536, "max_sequences": 64, "step_tokens": 512},
+    "cuda": {"max_sequences": 256, "step_tokens": 8192},
 }
 
 

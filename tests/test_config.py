@@ -88,7 +88,7 @@ def test_what_depends_on_the_device_is_put_in_where_nothing_was_said() -> None:
         0,
         256,
         8192,
-        480,
+        512,
     )
     told = engine_config({"checkpoint": "a", "max_sequences": "7"}, Path("/m"), "cuda")
     assert told.max_sequences == 7

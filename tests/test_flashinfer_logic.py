@@ -24,6 +24,7 @@ from fi_runtime.attention.flashinfer import (
 from fi_runtime.attention.reference import ReferenceAttention
 from fi_runtime.cache.kv_cache import CacheShape, KVCache
 from fi_runtime.kernels.heads import Heads
+from fi_runtime.kernels.merge import merge_parts
 from tests.layouts import make_layout, some_counts
 
 HEAD_DIM = 64
@@ -361,3 +362,22 @@ def test_every_wrapper_is_told_fa2(pair: SimpleNamespace) -> None:
     pair.ours.for_graph(2)
     decode = "fa2" if pair.heads.heads // pair.shape.kv_heads >= 4 else "cuda-core"
     assert pair.ours.runs == {"prefill": "fa2", "decode": decode, "graph decode": decode}
+
+
+def test_merged_parts_of_a_context_are_the_whole() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens, heads, keys = 3, 2, 40
+    scores = torch.randn((tokens, heads, keys), generator=generator) * 4
+    values = torch.randn((heads, keys, 8), generator=generator)
+    cuts = [[0, 40], [0, 1, 40], [0, 13, 14, 39, 40]]
+    parts, sums = [], []
+    for token, bounds in enumerate(cuts):
+        for part in itertools.starmap(slice, itertools.pairwise(bounds)):
+            own = scores[token, :, part]
+            parts.append(torch.einsum("hk,hkd->hd", own.softmax(-1), values[:, part]))
+            sums.append(own.logsumexp(-1) / np.log(2))
+    starts = torch.tensor([0, 1, 3, 7], dtype=torch.int32)
+    out, out_sums = torch.empty(tokens, heads, 8), torch.empty(tokens, heads)
+    merge_parts(torch.stack(parts), torch.stack(sums), starts, out, out_sums)
+    torch.testing.assert_close(out, torch.einsum("thk,hkd->thd", scores.softmax(-1), values))
+    torch.testing.assert_close(out_sums, scores.logsumexp(-1) / np.log(2))

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from bench.fidelity import config_of, reference, write_family
+from fi_runtime.attention import splits
 from fi_runtime.attention.ahead import Ahead
 from fi_runtime.attention.base import Attention, AttentionKind, StepLayout, spare_layout
 from fi_runtime.attention.beside import Beside
@@ -34,6 +35,7 @@ from fi_runtime.kernels.activation import silu_and_mul, silu_and_mul_reference
 from fi_runtime.kernels.embedding import embed, embed_reference
 from fi_runtime.kernels.heads import Heads, Places, place, place_reference
 from fi_runtime.kernels.library import flashinfer
+from fi_runtime.kernels.merge import merge_parts, merge_parts_reference
 from fi_runtime.kernels.norm import add_rms_norm, rms_norm, rms_norm_reference
 from fi_runtime.kernels.projection import (
     add_linear,
@@ -217,6 +219,27 @@ def test_silu_and_mul(tokens: int) -> None:
     assert error(silu_and_mul(wider[:, :-64]), silu_and_mul_reference(x.float())) < 8e-3
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (32, 128), (5, 256)])
+def test_parts_are_merged(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Of tokens with none to many; some have seen no key, whatever is in their results."""
+    counts = torch.tensor([0, 1, 2, 3, 4, 5, 9, 17, 0, *[3] * 200], dtype=torch.int32)
+    starts = torch.cat((torch.zeros(1), counts.cumsum(0))).to(torch.int32).cuda()
+    parts = normal(int(starts[-1]), heads, head_dim).to(dtype)
+    sums = normal(len(parts), heads).float() * 8
+    sums[4], sums[6:10] = -5e4, -torch.inf
+    out, expected = (torch.full((len(counts), heads, head_dim), 7, dtype=dtype) for _ in range(2))
+    out_sums, expected_sums = (torch.zeros(len(counts), heads) for _ in range(2))
+    out, out_sums = out.cuda(), out_sums.cuda()
+    merge_parts_reference(parts.cpu(), sums.cpu(), starts.cpu(), expected, expected_sums)
+    merge_parts(parts, sums, starts, out)
+    rows = torch.arange(len(counts)) != 4  # where no part has seen a key, softmax is not defined
+    assert error(out.cpu()[rows], expected[rows]) < 5e-3
+    assert out[4].isfinite().all()
+    merge_parts(parts, sums, starts, out, out_sums)
+    torch.testing.assert_close(out_sums.cpu(), expected_sums, rtol=1e-5, atol=1e-4)
+
+
 # Attention
 
 
@@ -281,6 +304,31 @@ def test_attention_is_the_references(
         for counts in some_counts(contexts, rng):
             layout = make_layout(counts, contexts, page_size, rng, pages)
             compare(attention, reference, layout, heads, gpu.shape)
+
+
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_split_contexts_are_merged_as_flashinfer_merges_them(
+    with_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, heads = random.Random(0), 32
+    gpu, _ = caches(CacheShape(1, 700, 16, 8, 128))
+    attention = FlashInferAttention(gpu, heads, LIMITS)
+    layout = make_layout([352, 1, 1], [9000, 100, 1], 16, rng, 700)
+    own = Heads(heads, 8, 128, sinks=torch.randn(heads, device="cuda") if with_sinks else None)
+    qkv = normal(354, (heads + 2 * 8) * 128)
+    calls: list[int] = []
+
+    def counted(*tensors: torch.Tensor) -> None:
+        calls.append(1)
+        merge_parts(*tensors)
+
+    monkeypatch.setattr(splits, "merge_parts", counted)
+    attention.plan(layout)
+    found = attention(0, qkv, own)
+    monkeypatch.setattr(splits.Splits, "taken_from", lambda *_: None)
+    attention.plan(layout)
+    assert error(found, attention(0, qkv, own)) < 2e-3
+    assert calls == [1]
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -160,7 +160,7 @@ def test_a_step_that_streams_wait_for_has_a_chunk_for_each_prompt_that_waits() -
 def test_a_long_prompt_moves_on_while_short_ones_come() -> None:
     """By whole chunks: about as many steps as it takes with one prompt waiting beside it."""
     rng = random.Random(0)
-    scheduler = Scheduler(PrefixTree(PagePool(9000), 16), 16, 64, 8192, chunk_tokens=480)
+    scheduler = Scheduler(PrefixTree(PagePool(9000), 16), 16, 64, 8192, chunk_tokens=512)
     for number in range(20):
         scheduler.add(sequence(number, 20, 10_000))
     compute(scheduler.schedule(), scheduler)

@@ -24,6 +24,7 @@ from fi_runtime.attention.base import (
     spare_layout,
 )
 from fi_runtime.attention.beside import Beside
+from fi_runtime.attention.splits import Splits
 from fi_runtime.attention.workspace import (
     MIN_PLAN_BYTES,
     Workspace,
@@ -532,6 +533,8 @@ class _Wrapper:
         self._workspace = workspace
         self._wrapper = wrapper
         self._prefill = prefill
+        self._splits: Splits | None = None
+        """of a plan of prompts"""
         self._workspace.share_with(wrapper)
         shape = common.cache.shape
         self._shape = (common.heads, shape.kv_heads, shape.head_dim, shape.page_size)
@@ -549,6 +552,11 @@ class _Wrapper:
         arguments, options = self._arguments(layout, pages)
         with self._workspace.staged(self._wrapper, turn):
             self._wrapper.plan(*arguments, **options)
+        if self._prefill:
+            heads, _, head_dim, _ = self._shape
+            self._splits = Splits.taken_from(
+                self._wrapper, self._workspace, heads, head_dim, self._common.dtype
+            )
 
     def plan_again(self, layout: "_Layout", turn: int) -> None:
         """For other lengths, on the host, of a wrapper that decodes from buffers which get them.
@@ -574,10 +582,16 @@ class _Wrapper:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         cache = self._common.cache.layer(layer)
+        result: torch.Tensor
+        sums: torch.Tensor | None = None
         if sinks is None:
-            result: torch.Tensor = self._wrapper.run(q, cache, out=out)
+            result = self._wrapper.run(q, cache, out=out)
+        else:
+            result, sums = self._wrapper.run(q, cache, out=out, return_lse=True)
+        if self._splits is not None:
+            self._splits.merge(result, sums)
+        if sums is None or sinks is None:
             return result
-        result, sums = self._wrapper.run(q, cache, out=out, return_lse=True)
         return beside_sinks(result, sums, sinks)
 
     def check_backend(self, name: str) -> str:
