@@ -83,8 +83,8 @@ def main(argv: list[str]) -> int:
         max_context=1 << 20,
         tokenizer=str(Path(config.checkpoint) / "tokenizer.json"),
     )
-    engine = EchoEngine()
-    server = EngineServer(engine, info, Credits(config.max_sequences), server_pid)  # type: ignore[arg-type]
+    engine, credits = EchoEngine(), Credits(config.max_sequences)
+    server = EngineServer(engine, info, credits, server_pid, config.server_timeout_s)  # type: ignore[arg-type]
     server.bind(folder)
     server.run()
     with starting_lock():

@@ -186,6 +186,14 @@ class EngineConfig(RequestLimits, frozen=True, kw_only=True, forbid_unknown_fiel
             description="seconds that a step may take; an engine that takes longer is killed",
         ),
     ] = 300.0
+    server_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=3.0,
+            description="seconds for which the server may answer no front end that asks it; one "
+            "that hangs longer is killed",
+        ),
+    ] = 120.0
     engine_restarts: Annotated[
         int,
         Meta(

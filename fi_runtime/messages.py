@@ -97,7 +97,15 @@ class Abort(msgspec.Struct, tag=True, frozen=True):
     request: RequestId
 
 
-FromFrontEnd = Attach | Detach | Generate | Abort
+class AsksServer(msgspec.Struct, tag=True, frozen=True):
+    """A front end asks its server something, and had an answer to what it asked before."""
+
+    front_end: bytes
+    ends: bool = False
+    """It asks no more."""
+
+
+FromFrontEnd = Attach | Detach | Generate | Abort | AsksServer
 
 
 class TokenLogprob(msgspec.Struct, array_like=True, frozen=True):

@@ -28,6 +28,7 @@ from fi_runtime.config import ConfigError
 from fi_runtime.messages import (
     NOT_A_MESSAGE,
     Abort,
+    AsksServer,
     Attach,
     Attached,
     Detach,
@@ -97,7 +98,13 @@ def test_a_folder_that_others_can_use_is_refused(
 # What they say to each other
 
 PARAMS = SamplingParams(max_tokens=1, seed=1)
-FROM_FRONT_END = [Attach(b"a", 1), Detach(b"a"), Abort(b"a", 1), Generate(b"a", 1, [5], PARAMS)]
+FROM_FRONT_END = [
+    Attach(b"a", 1),
+    Detach(b"a"),
+    Abort(b"a", 1),
+    Generate(b"a", 1, [5], PARAMS),
+    AsksServer(b"a"),
+]
 FROM_ENGINE = [
     Attached(EngineInfo(1, 10, 10, "t")),
     Step([Output(1, [2], None, "stop")], 1),

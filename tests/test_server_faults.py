@@ -59,6 +59,8 @@ LONG = {"max_tokens": 3500, "temperature": 0.0}
 """an answer that takes far longer than a test waits"""
 FREED_S = 5.0
 ENDED_S = 10.0
+HUNG_S = 3
+"""the least that a server may be given to answer in"""
 
 
 def full_workload(server: TritonServer, reference: Reference) -> float:
@@ -504,6 +506,36 @@ def test_a_server_that_is_killed_takes_all_processes_with_it(
             opened.next()
             os.kill(other.pid, signal.SIGKILL)
             wait_until(lambda: has_ended(other), ENDED_S, "every process has ended")
+        assert leftovers(other.mark, other.pid) == []
+
+
+def test_a_server_that_hangs_is_killed_and_one_that_only_pauses_is_not(
+    reference: Reference, served_checkpoint: Path, tmp_path: Path
+) -> None:
+    knobs = {**KNOBS, "server_timeout_s": str(HUNG_S)}
+    repository = write_repository(tmp_path / "repository", served_checkpoint, knobs)
+    with TritonServer(repository, log=tmp_path / "log") as other:
+        other.wait_ready()
+        inputs = {"text_input": "pauses", "max_tokens": 20, "temperature": 0.0}
+        expected = reference.text("pauses", 20)
+        assert joined(stream(other, **inputs)) == expected
+        os.kill(other.pid, signal.SIGSTOP)
+        time.sleep(1.0)
+        os.kill(other.pid, signal.SIGCONT)
+        for _ in range(3):  # for longer than the timeout
+            assert joined(stream(other, **inputs)) == expected
+            time.sleep(1.2)
+        assert "is killed" not in (tmp_path / "log").read_text()
+        # With an answer on its way: its front end then waits with Python's lock held.
+        with Stream(other, text_input="dies", stream=True, **LONG) as opened:
+            opened.next()
+            stopped = time.monotonic()
+            os.kill(other.pid, signal.SIGSTOP)
+            wait_until(lambda: has_ended(other), HUNG_S + ENDED_S, "every process has ended")
+        assert time.monotonic() - stopped > HUNG_S
+        assert other.wait() == -signal.SIGKILL
+        reason = "the server has answered none of its front ends for 3 s, and is killed"
+        assert reason in (tmp_path / "log").read_text()
         assert leftovers(other.mark, other.pid) == []
 
 

@@ -27,12 +27,14 @@ from fi_runtime.engine.credits import Credits
 from fi_runtime.engine.outputs import Tokens
 from fi_runtime.engine.phases import Phases, process_begin
 from fi_runtime.engine.sequence import SequenceKey
+from fi_runtime.engine.server_watch import ServerWatch
 from fi_runtime.messages import (
     HEARTBEAT_S,
     INT64,
     NOT_A_MESSAGE,
     SHOW_STACKS,
     Abort,
+    AsksServer,
     Attach,
     Attached,
     Detach,
@@ -68,7 +70,14 @@ ATTACH_WITHIN_MS = 30_000
 class EngineServer:
     """Runs an engine for the front ends that attach to it."""
 
-    def __init__(self, engine: Engine, info: EngineInfo, credits: Credits, server_pid: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        info: EngineInfo,
+        credits: Credits,
+        server_pid: int,
+        server_timeout_s: float,
+    ) -> None:
         self._engine = engine
         self._info = info
         self._credits = credits
@@ -77,6 +86,8 @@ class EngineServer:
         self._pids: dict[int, int] = {}
         """by pidfd"""
         self._server_fd = os.pidfd_open(server_pid)
+        self._server_timeout_s = server_timeout_s
+        self._server_watch = ServerWatch(server_timeout_s)
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
         self._columns: dict[bytes, tuple[bytes, bytes]] = {}
         """as ``Step`` has them: requests and tokens"""
@@ -137,6 +148,16 @@ class EngineServer:
             self._sleep_due = now + AWAKE_S
         return now < self._sleep_due
 
+    def _kill_server(self) -> None:
+        """End a server that hangs, so that what runs it starts it again."""
+        log.error(
+            "the server has answered none of its front ends for %g s, and is killed",
+            self._server_timeout_s,
+        )
+        # RACE: it may have ended just now.
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._server_fd, signal.SIGKILL)
+
     def _end_front_ends(self) -> None:
         """Kill those that do not end by themselves.
 
@@ -192,6 +213,11 @@ class EngineServer:
             case Abort(front_end, request):
                 if self._engine.abort((front_end, request)):
                     self._post((front_end, request), Output(request, [], None, "cancelled"))
+            case AsksServer(front_end, ends):
+                if ends:
+                    self._server_watch.ends(front_end)
+                else:
+                    self._server_watch.asks(front_end)
 
     def _attach(self, front_end: bytes, pid: int) -> None:
         try:
@@ -213,6 +239,7 @@ class EngineServer:
         self._poller.unregister(fd)
         del self._pids[fd]
         os.close(fd)
+        self._server_watch.ends(front_end)
         for key in self._engine.keys_of(front_end):
             self._engine.abort(key)
         self._credits.detach(front_end)
@@ -249,6 +276,8 @@ class EngineServer:
         if (now := time.monotonic()) >= self._heartbeat_due:
             self._heartbeat_due = now + HEARTBEAT_S
             addressed |= self._front_ends.keys()
+            if self._server_watch.beat():
+                self._kill_server()
         for front_end in addressed:
             outputs = self._outbox.get(front_end, [])
             requests, tokens = self._columns.get(front_end, (b"", b""))
@@ -295,7 +324,8 @@ def main(argv: list[str]) -> int:
     # What has been loaded stays; without this, collections walk all of it every few steps.
     gc.collect()
     gc.freeze()
-    server = EngineServer(engine, info, Credits(config.max_sequences), server_pid)
+    credits = Credits(config.max_sequences)
+    server = EngineServer(engine, info, credits, server_pid, config.server_timeout_s)
     server.bind(folder)
     log.info("started in %s", phases)
     try:

@@ -44,6 +44,8 @@ class Drain:
         instances: of the model.
         server_pid: the parent of this process.
         closing: set once there is nothing left to watch.
+        tell: told before each question, with True once none follows: who hears nothing more
+            knows that the server hangs.
     """
 
     def __init__(
@@ -52,10 +54,12 @@ class Drain:
         instances: int,
         server_pid: int,
         closing: threading.Event,
+        tell: Callable[[bool], None],
     ) -> None:
         self._why_refused = why_refused
         self._server_pid = server_pid
         self._closing = closing
+        self._tell = tell
         self._exit_timeout_s = exit_timeout_s(server_pid)
         needed_s = ASK_S + UNLOAD_S + UNLOAD_INSTANCE_S * instances
         self.seconds = max(0.0, self._exit_timeout_s - needed_s)
@@ -84,12 +88,14 @@ class Drain:
                 return
         what = ""
         while not what and not self._closing.wait(ASK_S):
+            self._tell(False)
             answer = self._answer()
             if EXITING in answer:
                 what = "server"
             elif UNLOADING in answer:
                 what = "model"
         if what:
+            self._tell(True)
             self._begin(what)
         if not self._closing.wait(self._exit_timeout_s + OVERTIME_S) and what == "server":
             self._kill_server()

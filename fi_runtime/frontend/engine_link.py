@@ -128,7 +128,7 @@ class EngineLink:
     def send(self, message: bytes) -> None:
         """Send an encoded message, from any thread; to a lost engine there is nothing to say.
 
-        Never blocks: credits bound what is unsent.
+        Never blocks: credits bound what is unsent, but for a few bytes twice a second.
         """
         with self._send_lock:
             if not self._lost:

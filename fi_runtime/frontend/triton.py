@@ -41,7 +41,7 @@ from fi_runtime.frontend.requests import Request, Served, parse_request
 from fi_runtime.frontend.responder import Responder
 from fi_runtime.frontend.senders import Sender
 from fi_runtime.frontend.supervisor import Supervisor
-from fi_runtime.messages import Abort, Generate, Output, encode
+from fi_runtime.messages import Abort, AsksServer, Generate, Output, encode
 from fi_runtime.shared_memory import remove_of_stub
 from fi_runtime.tokenizer import load_tokenizer
 
@@ -128,7 +128,9 @@ class TritonPythonModel:
             for group in model_config["instance_group"]
         )
         self._why_refused = partial(why_refused, args["model_name"], self._decoupled)
-        self._drain = Drain(self._why_refused, instances, self._server_pid, self._closing)
+        self._drain = Drain(
+            self._why_refused, instances, self._server_pid, self._closing, self._tell_asking
+        )
         self._next_number = 0
         self._in_flight: dict[int, InFlight] = {}
         """by the number of each sample that is not complete"""
@@ -429,6 +431,12 @@ class TritonPythonModel:
         in_flight = self._in_flight.pop(number, None)
         if in_flight is not None and at_engine:
             in_flight.link.send(encode(Abort(in_flight.link.name, number)))
+
+    def _tell_asking(self, ends: bool) -> None:
+        """Have the engine watch whether the server answers, or no more."""
+        # RACE: an engine that dies does not hear it; the next one does before the next question.
+        link = self._supervisor.link
+        link.send(encode(AsksServer(link.name, ends)))
 
     def _watch(self) -> None:
         """End what nobody waits for, or no engine computes, any more; notice a dead server.
