@@ -11,7 +11,7 @@ TILE = 128
 """tokens: a step with a part of a prompt has a multiple of so many. Products of matrices compute
 rows in tiles: a layer's of the Llama-3.1-8B shape took 179 us with 128 on an H100, 204 with 256,
 302 with 512, and 431 with 448."""
-WEIGHTY_CONTEXT = 8_000
+WEIGHTY_CONTEXT = 7_500
 """tokens of context at which a part of a prompt has half as many tokens as at its beginning: by
 what steps of that shape took there, by tokens and context"""
 
