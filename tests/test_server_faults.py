@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
 from fi_runtime import shared_memory
+from fi_runtime.engine.server_watch import CRASH_S
 from fi_runtime.run_folder import private_base
 from tests.serving import (
     BATCH,
@@ -536,6 +537,25 @@ def test_a_server_that_hangs_is_killed_and_one_that_only_pauses_is_not(
         assert other.wait() == -signal.SIGKILL
         reason = "the server has answered none of its front ends for 3 s, and is killed"
         assert reason in (tmp_path / "log").read_text()
+        assert leftovers(other.mark, other.pid) == []
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to build a crash with")
+def test_a_server_that_has_crashed_and_does_not_end_is_killed(
+    served_checkpoint: Path, tmp_path: Path
+) -> None:
+    library = tmp_path / "crash_that_stays.so"
+    source = Path(__file__).with_name("crash_that_stays.c")
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source], check=True)
+    repository = write_repository(tmp_path / "repository", served_checkpoint, KNOBS, instances=1)
+    env = {"LD_PRELOAD": str(library)}
+    with TritonServer(repository, log=tmp_path / "log", env=env) as other:
+        other.wait_ready()
+        os.kill(other.pid, signal.SIGUSR1)
+        wait_until(lambda: has_ended(other), 2 * CRASH_S + ENDED_S, "every process has ended")
+        assert other.wait() == -signal.SIGKILL
+        log = (tmp_path / "log").read_text()
+        assert "the server has crashed, does not end, and is killed" in log
         assert leftovers(other.mark, other.pid) == []
 
 

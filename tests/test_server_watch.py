@@ -1,6 +1,7 @@
 """A server that hangs is noticed, and no other: what front ends say, and the engine counts."""
 
 import os
+import signal
 import sys
 import threading
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fi_runtime.engine.server_watch import ServerWatch
+from fi_runtime.engine.server_watch import ServerWatch, crashing_threads
 
 
 def beats_until_it_hangs(watch: ServerWatch, most: int = 20) -> int | None:
@@ -39,6 +40,30 @@ def test_a_front_end_that_goes_on_asking_is_enough() -> None:
     watch.asks(b"asks")
     watch.ends(b"hangs itself")
     assert beats_until_it_hangs(watch) == 4
+
+
+def test_a_thread_that_handles_a_deadly_signal_is_found() -> None:
+    handles, over = threading.Event(), threading.Event()
+
+    def handle() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV, signal.SIGUSR1})
+        handles.set()
+        over.wait(10)
+
+    def block_another() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
+        handles.wait(10)
+        over.wait(10)
+
+    threads = [threading.Thread(target=each) for each in (handle, block_another)]
+    for thread in threads:
+        thread.start()
+    assert handles.wait(10)
+    assert crashing_threads(os.getpid()) == {str(threads[0].native_id)}
+    over.set()
+    for thread in threads:
+        thread.join(10)
+    assert crashing_threads(os.getpid()) == set()
 
 
 @pytest.fixture

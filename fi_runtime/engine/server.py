@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -27,7 +28,7 @@ from fi_runtime.engine.credits import Credits
 from fi_runtime.engine.outputs import Tokens
 from fi_runtime.engine.phases import Phases, process_begin
 from fi_runtime.engine.sequence import SequenceKey
-from fi_runtime.engine.server_watch import ServerWatch
+from fi_runtime.engine.server_watch import ServerWatch, watch_for_crash
 from fi_runtime.messages import (
     HEARTBEAT_S,
     INT64,
@@ -85,6 +86,7 @@ class EngineServer:
         """attached front ends and the pidfd of each one's process"""
         self._pids: dict[int, int] = {}
         """by pidfd"""
+        self._server_pid = server_pid
         self._server_fd = os.pidfd_open(server_pid)
         self._server_timeout_s = server_timeout_s
         self._server_watch = ServerWatch(server_timeout_s)
@@ -112,6 +114,15 @@ class EngineServer:
 
     def run(self) -> None:
         """Serve until the server is gone or the last front end has left."""
+        closing = threading.Event()
+        arguments = self._server_pid, self._server_has_crashed, closing
+        threading.Thread(target=watch_for_crash, args=arguments, daemon=True).start()
+        try:
+            self._serve()
+        finally:
+            closing.set()
+
+    def _serve(self) -> None:
         while self._front_ends or not self._attached_before:
             idle_ms = HEARTBEAT_MS if self._front_ends else ATTACH_WITHIN_MS
             ready = dict(self._poller.poll(0 if self._stays_awake() else idle_ms))
@@ -148,12 +159,19 @@ class EngineServer:
             self._sleep_due = now + AWAKE_S
         return now < self._sleep_due
 
-    def _kill_server(self) -> None:
-        """End a server that hangs, so that what runs it starts it again."""
+    def _server_hangs(self) -> None:
         log.error(
             "the server has answered none of its front ends for %g s, and is killed",
             self._server_timeout_s,
         )
+        self._kill_server()
+
+    def _server_has_crashed(self) -> None:
+        log.error("the server has crashed, does not end, and is killed")
+        self._kill_server()
+
+    def _kill_server(self) -> None:
+        """So that what runs it starts it again."""
         # RACE: it may have ended just now.
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._server_fd, signal.SIGKILL)
@@ -277,7 +295,7 @@ class EngineServer:
             self._heartbeat_due = now + HEARTBEAT_S
             addressed |= self._front_ends.keys()
             if self._server_watch.beat():
-                self._kill_server()
+                self._server_hangs()
         for front_end in addressed:
             outputs = self._outbox.get(front_end, [])
             requests, tokens = self._columns.get(front_end, (b"", b""))

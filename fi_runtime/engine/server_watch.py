@@ -1,11 +1,21 @@
-"""Notices a server that hangs.
+"""Notices a server that hangs, or that has crashed and does not end.
 
 Its front ends cannot be trusted to: Triton has a metric of theirs wait for the server with Python's
 lock held, and then no thread of that process runs any more. So they tell the engine of each of
 their questions to the server, and fall silent with it.
 """
 
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
 from fi_runtime.messages import HEARTBEAT_S
+
+CRASH_S = 5.0
+"""between two looks at the server's threads; to say where it crashed takes it less"""
+DEADLY = (1 << (signal.SIGABRT - 1)) | (1 << (signal.SIGSEGV - 1))
 
 
 class ServerWatch:
@@ -40,3 +50,31 @@ class ServerWatch:
         if hangs:
             self._silent_beats = 0
         return hangs
+
+
+def watch_for_crash(server_pid: int, crashed: Callable[[], None], closing: threading.Event) -> None:
+    """Call back each time that a thread of the server has been crashing for ``CRASH_S``.
+
+    tritonserver 2.51 looks up where it crashed by a fork, which waits for a lock of malloc's. A
+    thread that crashes in malloc has that lock itself, and the server neither ends nor answers.
+    """
+    before: set[str] = set()
+    while not closing.wait(CRASH_S):
+        now = crashing_threads(server_pid)
+        if now & before:
+            crashed()
+        before = now
+
+
+def crashing_threads(pid: int) -> set[str]:
+    """The threads of a process that handle a deadly signal, which is blocked meanwhile.
+
+    Others may have it blocked for a moment, as where a process is started.
+    """
+    found = set()
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            _, _, rest = status.read_text().partition("SigBlk:")
+            if rest and int(rest.split()[0], 16) & DEADLY:
+                found.add(status.parent.name)
+    return found
