@@ -10,7 +10,7 @@ static void stay(int number) {
     sigset_t deadly;
     sigemptyset(&deadly);
     sigaddset(&deadly, SIGABRT);
-    pthread_sigmask(SIG_BLOCK, &deadly, NULL);
+    pthread_sigmask(SIG_SETMASK, &deadly, NULL);
     for (;;) pause();
 }
 

@@ -541,6 +541,7 @@ def test_a_server_that_hangs_is_killed_and_one_that_only_pauses_is_not(
 
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler to build a crash with")
+@pytest.mark.usefixtures("reference")  # which adds the tokenizer
 def test_a_server_that_has_crashed_and_does_not_end_is_killed(
     served_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -43,22 +43,28 @@ def test_a_front_end_that_goes_on_asking_is_enough() -> None:
 
 
 def test_a_thread_that_handles_a_deadly_signal_is_found() -> None:
-    handles, over = threading.Event(), threading.Event()
+    ready, over = threading.Barrier(4), threading.Event()
 
     def handle() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV, signal.SIGUSR1})
-        handles.set()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGSEGV})
+        ready.wait(10)
         over.wait(10)
 
     def block_another() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGTERM})
-        handles.wait(10)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        ready.wait(10)
         over.wait(10)
 
-    threads = [threading.Thread(target=each) for each in (handle, block_another)]
+    def block_all() -> None:
+        """As threads of zmq do, and timers of libc's."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        ready.wait(10)
+        over.wait(10)
+
+    threads = [threading.Thread(target=each) for each in (handle, block_another, block_all)]
     for thread in threads:
         thread.start()
-    assert handles.wait(10)
+    ready.wait(10)
     assert crashing_threads(os.getpid()) == {str(threads[0].native_id)}
     over.set()
     for thread in threads:

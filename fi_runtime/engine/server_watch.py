@@ -13,8 +13,8 @@ from pathlib import Path
 
 from fi_runtime.messages import HEARTBEAT_S
 
-CRASH_S = 5.0
-"""between two looks at the server's threads; to say where it crashed takes it less"""
+CRASH_S = 8.0
+"""between two looks at the server's threads; to say where it crashed should take it less"""
 DEADLY = (1 << (signal.SIGABRT - 1)) | (1 << (signal.SIGSEGV - 1))
 
 
@@ -67,14 +67,17 @@ def watch_for_crash(server_pid: int, crashed: Callable[[], None], closing: threa
 
 
 def crashing_threads(pid: int) -> set[str]:
-    """The threads of a process that handle a deadly signal, which is blocked meanwhile.
+    """The threads of a process that handle a deadly signal.
 
-    Others may have it blocked for a moment, as where a process is started.
+    It is blocked meanwhile, and no other is. Threads of libraries often have all of them blocked,
+    for ever, and any thread has for a moment where it starts a process.
     """
     found = set()
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        with contextlib.suppress(OSError):  # the thread has just ended
-            _, _, rest = status.read_text().partition("SigBlk:")
-            if rest and int(rest.split()[0], 16) & DEADLY:
-                found.add(status.parent.name)
+    with contextlib.suppress(OSError):  # the process is ending
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            with contextlib.suppress(OSError):  # the thread is
+                _, _, rest = status.read_text().partition("SigBlk:")
+                blocked = int(rest.split()[0], 16) if rest else 0
+                if blocked and not blocked & ~DEADLY:
+                    found.add(status.parent.name)
     return found
