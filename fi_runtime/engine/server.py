@@ -88,7 +88,6 @@ class EngineServer:
         """by pidfd"""
         self._server_pid = server_pid
         self._server_fd = os.pidfd_open(server_pid)
-        self._server_timeout_s = server_timeout_s
         self._server_watch = ServerWatch(server_timeout_s)
         self._outbox: dict[bytes, list[Output]] = defaultdict(list)
         self._columns: dict[bytes, tuple[bytes, bytes]] = {}
@@ -162,7 +161,7 @@ class EngineServer:
     def _server_hangs(self) -> None:
         log.error(
             "the server has answered none of its front ends for %g s, and is killed",
-            self._server_timeout_s,
+            self._server_watch.timeout_s,
         )
         self._kill_server()
 

@@ -28,7 +28,7 @@ class ServerWatch:
     """
 
     def __init__(self, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+        self.timeout_s = timeout_s
         self._asking: set[bytes] = set()
         # Counted, since a clock would also run while this process was held.
         self._silent_beats = 0
@@ -46,7 +46,7 @@ class ServerWatch:
         """Another ``HEARTBEAT_S`` has passed; whether the server hangs."""
         self._silent_beats = self._silent_beats + 1 if self._asking else 0
         # The first beat may come as soon as somebody has asked.
-        hangs = (self._silent_beats - 1) * HEARTBEAT_S >= self._timeout_s
+        hangs = (self._silent_beats - 1) * HEARTBEAT_S >= self.timeout_s
         if hangs:
             self._silent_beats = 0
         return hangs
